@@ -1,0 +1,340 @@
+"""The base of every LightningModule here: optimizer groups, lean checkpoints, plain hyperparameters, export."""
+
+import copy
+import dataclasses
+import functools
+import importlib
+import inspect
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+from torch.nn.modules.module import _IncompatibleKeys
+from torch.optim import Optimizer
+
+from lit_models.backbones import has_adapters
+from lit_models.nn.averaging import ema_
+from lit_models.nn.sharding import Sharding, shard
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class CheckpointMismatchError(ValueError):
+    """A checkpoint does not belong to the module it is loaded into."""
+
+
+@dataclasses.dataclass
+class GroupOptions:
+    """Settings of one network's parameter groups that differ from the optimizer's own.
+
+    Args:
+        lr: base learning rate.
+        weight_decay: decay of matrices; biases and norms never decay.
+    """
+
+    lr: float | None = None
+    weight_decay: float | None = None
+
+    def values(self) -> dict[str, float]:
+        """The settings that were given."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+
+
+class LitBase(LightningModule):
+    """What all methods share.
+
+    Networks are made in `configure_model`. Sub-modules named in `frozen` are never trained, never written to
+    checkpoints and rebuilt from their own source on resume. An averaged copy of one network (`ema`) is part of the
+    checkpoint.
+
+    Args:
+        optimizer: factory taking parameter groups.
+        lr_scheduler: factory taking the optimizer; stepped after every optimizer step.
+        sharding: sharding, activation checkpointing and compilation of the trained networks.
+    """
+
+    frozen: tuple[str, ...] = ()
+    """Names of sub-modules that are neither trained nor saved, since their source gives them back."""
+    ema_part = "net"
+    """Name of the sub-module that `callbacks.EMA` averages unless told otherwise."""
+
+    def __init__(
+        self, optimizer: OptimizerCallable, lr_scheduler: LRSchedulerCallable | None, sharding: Sharding | None
+    ) -> None:
+        super().__init__()
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.sharding = sharding or Sharding()
+        self.strict_loading = False  # checked by load_state_dict below, which knows what may be missing
+        self.ema: nn.Module | None = None
+        self._ema_decay: float | None = None
+
+    # -- networks ----------------------------------------------------------------------------------------------------
+
+    def trained_networks(self) -> dict[str, nn.Module]:
+        """Trained networks by the name of their parameter groups."""
+        raise NotImplementedError(f"{type(self).__name__} must define trained_networks()")
+
+    def exported_models(self) -> "dict[str, PreTrainedModel]":
+        """Hugging Face models to export, by folder name."""
+        raise NotImplementedError(f"{type(self).__name__} must define exported_models()")
+
+    def shard(self, network: nn.Module) -> nn.Module:
+        """Apply the sharding options to a network for the current strategy."""
+        return shard(network, self.device_mesh, self.sharding)
+
+    def enable_ema(self, decay: float, part: str | None = None) -> None:
+        """Keep an exponential moving average of one network; to be called before `configure_model`.
+
+        Args:
+            decay: weight of the average at each optimizer step.
+            part: name of the averaged sub-module, `ema_part` by default.
+        """
+        self._ema_decay = decay
+        self.ema_part = part or self.ema_part
+
+    def place(self, name: str, network: nn.Module) -> None:
+        """Shard a trained network and keep it as attribute `name`, with its averaged copy where one is wanted.
+
+        Every `configure_model` ends its work on a trained network with this. The average is kept in float32, since a
+        small step rounds away in 16 bits.
+
+        Args:
+            name: attribute.
+            network: built and not yet sharded.
+        """
+        if self._ema_decay is not None and name == self.ema_part:
+            self.ema = self.shard(copy.deepcopy(network).float().requires_grad_(False).eval())
+        setattr(self, name, self.shard(network))
+
+    def check_ema(self) -> None:
+        """Last line of every `configure_model`: the network to average must be one that was placed."""
+        if self._ema_decay is not None and self.ema is None:
+            names = ", ".join(name for name, module in self.named_children() if name not in self.frozen)
+            raise ValueError(f"callbacks.EMA.part: {type(self).__name__} has no {self.ema_part!r}; it trains {names}")
+
+    def _update_ema(self, *_: object) -> None:
+        assert self._ema_decay is not None
+        assert self.ema is not None
+        online = getattr(self, self.ema_part)
+        ema_(self.ema.parameters(), online.parameters(), self._ema_decay)
+
+    def train(self, mode: bool = True) -> "LitBase":
+        """Set training mode, except for frozen and averaged networks, which have nothing to train."""
+        super().train(mode)
+        for module in self.children():
+            if not any(parameter.requires_grad for parameter in module.parameters()):
+                module.eval()
+        return self
+
+    # -- optimization ------------------------------------------------------------------------------------------------
+
+    def group_options(self) -> dict[str, GroupOptions]:
+        """Per-network settings of the optimizer, by the names of `trained_networks`."""
+        return {}
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Parameter groups `NAME` and `NAME_no_decay` (biases and norms) of every trained network."""
+        groups = []
+        for name, network in self.trained_networks().items():
+            options = self.group_options().get(name, GroupOptions()).values()
+            trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+            matrices = [parameter for parameter in trained if parameter.ndim > 1]
+            vectors = [parameter for parameter in trained if parameter.ndim <= 1]
+            groups.append({"params": matrices, "name": name, **options})
+            groups.append({"params": vectors, "name": f"{name}_no_decay", **options, "weight_decay": 0.0})
+        return [group for group in groups if group["params"]]
+
+    def configure_optimizers(self) -> Any:  # noqa: ANN401
+        """One optimizer over the named groups, and its schedule per optimizer step."""
+        optimizer: Optimizer = self.optimizer(self.param_groups())
+        if self.ema is not None:
+            optimizer.register_step_post_hook(self._update_ema)
+        if self.lr_scheduler is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}}
+
+    # -- checkpoints -------------------------------------------------------------------------------------------------
+
+    def _left_out(self) -> Iterable[str]:
+        """State-dict keys that are rebuilt from their source: frozen networks, and the base weights under adapters."""
+        prefixes = tuple(f"{name}." for name in self.frozen)
+        adapted = tuple(f"{name}." for name, module in self.named_children() if has_adapters(module))
+        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        for key in super().state_dict():
+            online = f"{self.ema_part}.{key.removeprefix('ema.')}" if key.startswith("ema.") else key
+            if (prefixes and key.startswith(prefixes)) or (adapted and key.startswith(adapted) and online not in trained):
+                yield key
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]  # noqa: ANN401
+        """State of what is trained and of the average; frozen networks are left out."""
+        state: dict[str, Any] = super().state_dict(*args, **kwargs)
+        prefix = kwargs.get("prefix", "")
+        for key in self._left_out():
+            state.pop(prefix + key, None)
+        return state
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:  # noqa: ANN401
+        """Load what `state_dict` saved.
+
+        Args:
+            state_dict: keys and tensors of a checkpoint.
+            strict: ignored, since every key must match except those of frozen networks.
+            assign: see `torch.nn.Module.load_state_dict`.
+
+        Raises:
+            CheckpointMismatchError: if keys or shapes belong to another model.
+        """
+        own = self.state_dict()
+        unexpected = sorted(set(state_dict) - set(own) - set(self._left_out()))
+        missing = sorted(set(own) - set(state_dict))
+        if unexpected and all(key.startswith("ema.") for key in unexpected) and not missing:
+            raise CheckpointMismatchError(
+                "the checkpoint holds averaged weights (ema.*), but this run keeps none; add callbacks.EMA to trainer.callbacks"
+            )
+        if missing and all(key.startswith("ema.") for key in missing) and not unexpected:
+            raise CheckpointMismatchError(
+                "the checkpoint holds no averaged weights (ema.*), but trainer.callbacks has callbacks.EMA; remove it"
+            )
+        shapes = [key for key in own if key in state_dict and own[key].shape != state_dict[key].shape]
+        if unexpected or missing or shapes:
+            examples = [f"{key!r} is missing" for key in missing[:1]]
+            examples += [f"{key!r} is unknown" for key in unexpected[:1]]
+            examples += [
+                f"{key!r} has shape {tuple(state_dict[key].shape)} instead of {tuple(own[key].shape)}" for key in shapes[:1]
+            ]
+            raise CheckpointMismatchError(
+                f"the checkpoint is of another model than {type(self).__name__} as configured "
+                f"({len(missing)} keys missing, {len(unexpected)} unknown, {len(shapes)} of another shape; for example "
+                f"{', '.join(examples)}); set ckpt_path to a checkpoint of this model, or the model options to those of the checkpoint"
+            )
+        super().load_state_dict(state_dict, strict=False, assign=assign)
+        return _IncompatibleKeys([], [])
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]  # noqa: ANN401
+        """Rebuild the module a checkpoint was written by, whichever subclass it is.
+
+        Args:
+            checkpoint_path: checkpoint file.
+            *args: see `LightningModule.load_from_checkpoint`.
+            **kwargs: see `LightningModule.load_from_checkpoint`; hyperparameters given here replace those in the file.
+
+        Returns:
+            The module with its weights.
+
+        Raises:
+            CheckpointMismatchError: if another class wrote the checkpoint.
+        """
+        saved = torch.load(checkpoint_path, map_location="cpu", weights_only=True, mmap=True)
+        path = saved.get(cls.CHECKPOINT_HYPER_PARAMS_KEY, {}).get("_class_path", "")
+        module, _, name = path.rpartition(".")
+        written_by = getattr(importlib.import_module(module), name) if module else cls
+        if not issubclass(written_by, cls):
+            raise CheckpointMismatchError(
+                f"{checkpoint_path} was written by {path}, not by {cls.__name__}; use LitBase.load_from_checkpoint for any class"
+            )
+        load = super(LitBase, written_by).load_from_checkpoint
+        return load(checkpoint_path, *args, **kwargs)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Write hyperparameters in the CLI's plain form, which loads with `weights_only=True`."""
+        key = self.CHECKPOINT_HYPER_PARAMS_KEY
+        values = {name: plain(value) for name, value in checkpoint.get(key, {}).items()}
+        values.setdefault("_class_path", f"{type(self).__module__}.{type(self).__qualname__}")
+        values["_instantiator"] = "lightning.pytorch.cli.instantiate_module"
+        checkpoint[key] = values
+
+    # -- what callbacks ask for --------------------------------------------------------------------------------------
+
+    def samples(self) -> list[dict[str, str | float]]:
+        """Rows worth reading from the newest batch; none by default."""
+        return []
+
+    def step_stats(self) -> dict[str, float]:
+        """Processed `tokens` of the last training step on this rank, and the seconds of its parts."""
+        return {}
+
+    def export_pretrained(self, directory: str | Path) -> dict[str, Path]:
+        """Write each exported model as a folder that plain transformers loads.
+
+        All ranks must call it; rank 0 writes.
+
+        Args:
+            directory: parent of the folders.
+
+        Returns:
+            Folder per part.
+        """
+        from lit_models.export import write_pretrained
+
+        return write_pretrained(self.exported_models(), directory, self._export_tokenizer(), self._export_card())
+
+    def _export_tokenizer(self) -> "PreTrainedTokenizerBase | None":
+        return getattr(self, "tokenizer", None)
+
+    def _export_card(self) -> dict[str, Any]:
+        """Facts for the model card: class, steps and the newest metrics."""
+        metrics = self._trainer.callback_metrics if self._trainer is not None else {}
+        return {
+            "class": f"{type(self).__module__.rsplit('.', 1)[0]}.{type(self).__name__}",
+            "steps": self._trainer.global_step if self._trainer is not None else 0,
+            "metrics": {name: round(float(value), 4) for name, value in metrics.items()},
+        }
+
+
+def all_reduce_sum(module: LightningModule, value: Tensor) -> Tensor:
+    """Sum a tensor over all ranks of a module's trainer; the tensor itself without a trainer or with one rank."""
+    trainer = module._trainer
+    if trainer is None or trainer.world_size == 1:
+        return value
+    # Collectives need the tensor on the strategy's device, wherever it was accumulated.
+    reduced: Tensor = trainer.strategy.reduce(value.to(trainer.strategy.root_device, copy=True), reduce_op="sum")
+    return reduced.to(value.device)
+
+
+def plain(value: Any) -> Any:  # noqa: ANN401
+    """Turn an argument into the data that YAML would hold for it.
+
+    Args:
+        value: scalar, container, dataclass, class or `functools.partial` of one, or a Hugging Face model.
+
+    Returns:
+        Scalars and containers; objects become `{"class_path": ..., "init_args": ...}`.
+
+    Raises:
+        TypeError: if the value has no such form.
+    """
+    if value is None or isinstance(value, (str, int, float, bool)):
+        return value
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set)):
+        return [plain(item) for item in value]
+    if isinstance(value, (torch.dtype, Path)):
+        return str(value).removeprefix("torch.")
+    if isinstance(value, functools.partial):
+        return {"class_path": _path(value.func), "init_args": {name: plain(item) for name, item in value.keywords.items()}}
+    if isinstance(value, type):
+        return {"class_path": _path(value)}
+    if hasattr(value, "plain"):
+        return value.plain()
+    if dataclasses.is_dataclass(value):
+        fields = {item.name: plain(getattr(value, item.name)) for item in dataclasses.fields(value) if item.init}
+        is_option_group = type(value).__mro__[1] is object
+        return fields if is_option_group else {"class_path": _path(type(value)), "init_args": fields}
+    if inspect.isfunction(value):
+        return _path(value)
+    raise TypeError(
+        f"{type(value).__name__} can't be saved in a checkpoint's hyperparameters; pass a recipe from lit_models.backbones, "
+        "a dataclass, or a class with functools.partial"
+    )
+
+
+def _path(value: Any) -> str:  # noqa: ANN401
+    return f"{value.__module__}.{value.__qualname__}"

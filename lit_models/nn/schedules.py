@@ -1,0 +1,99 @@
+"""Learning-rate schedules: a linear warm-up followed by a decay, per parameter group."""
+
+import math
+from collections.abc import Callable
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+Warmup = int | float | dict[str, int | float]
+
+
+class _Warmup(LambdaLR):
+    """A multiplier that rises linearly from 0 during warm-up and then follows `_decay`.
+
+    Every parameter group keeps its own base learning rate and may have its own warm-up, found by the group's `name`.
+    """
+
+    def __init__(self, optimizer: Optimizer, warmup: Warmup = 0, total: int | None = None) -> None:
+        if total is not None and total < 1:
+            raise ValueError(f"lr_scheduler.total must be at least 1, got {total}; the presets use the trainer's max_steps")
+        self.total = total
+        super().__init__(optimizer, [self._multiplier(group.get("name", ""), warmup) for group in optimizer.param_groups])
+
+    def _decay(self, progress: float) -> float:
+        """Multiplier after warm-up at `progress` in [0, 1]."""
+        raise NotImplementedError
+
+    def _multiplier(self, name: str, warmup: Warmup) -> Callable[[int], float]:
+        if isinstance(warmup, dict):
+            warmup = warmup.get(name, warmup.get(name.removesuffix("_no_decay"), 0))
+        if warmup < 0 or (isinstance(warmup, float) and warmup > 1):
+            raise ValueError(f"lr_scheduler.warmup takes steps (int) or a share of total (float in [0, 1]), got {warmup}")
+        if isinstance(warmup, float) and self.total is None:
+            raise ValueError("lr_scheduler.warmup is a share, which needs lr_scheduler.total; give steps instead")
+        steps = round(warmup * (self.total or 0)) if isinstance(warmup, float) else warmup
+
+        def multiplier(step: int) -> float:
+            if step < steps:
+                return step / steps
+            remaining = max(1, (self.total or step + 1) - steps)
+            return self._decay(min(1.0, (step - steps) / remaining))
+
+        return multiplier
+
+
+class WarmupConstant(_Warmup):
+    """Linear warm-up, then constant.
+
+    Args:
+        optimizer: the optimizer to schedule.
+        warmup: steps (int), share of `total` (float), or one of these per parameter-group name.
+        total: number of optimizer steps of the run; only needed when `warmup` is a share.
+
+    Raises:
+        ValueError: if `warmup` or `total` is out of range.
+    """
+
+    def _decay(self, progress: float) -> float:
+        return 1.0
+
+
+class WarmupLinear(_Warmup):
+    """Linear warm-up, then linear decay to zero at `total` steps.
+
+    Args:
+        optimizer: the optimizer to schedule.
+        warmup: steps (int), share of `total` (float), or one of these per parameter-group name.
+        total: number of optimizer steps of the run.
+
+    Raises:
+        ValueError: if `warmup` or `total` is out of range.
+    """
+
+    def __init__(self, optimizer: Optimizer, total: int, warmup: Warmup = 0) -> None:
+        super().__init__(optimizer, warmup, total)
+
+    def _decay(self, progress: float) -> float:
+        return 1.0 - progress
+
+
+class WarmupCosine(_Warmup):
+    """Linear warm-up, then half a cosine down to `floor` at `total` steps.
+
+    Args:
+        optimizer: the optimizer to schedule.
+        warmup: steps (int), share of `total` (float), or one of these per parameter-group name.
+        total: number of optimizer steps of the run.
+        floor: final multiplier.
+
+    Raises:
+        ValueError: if `warmup` or `total` is out of range.
+    """
+
+    def __init__(self, optimizer: Optimizer, total: int, warmup: Warmup = 0, floor: float = 0.0) -> None:
+        self.floor = floor
+        super().__init__(optimizer, warmup, total)
+
+    def _decay(self, progress: float) -> float:
+        return self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * progress))

@@ -1,0 +1,491 @@
+"""PPO under the Trainer: one training step is one rollout and its optimizer steps."""
+
+import copy
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+from lit_models.backbones import Backbone, has_adapters
+from lit_models.base import GroupOptions, LitBase, all_reduce_sum
+from lit_models.nn.sharding import Sharding
+from lit_models.ppo import steps
+from lit_models.ppo.advantages import GAE, AdvantageEstimator
+from lit_models.ppo.functional import adaptive_kl, gather_logprobs, masked_sum, position_ids
+from lit_models.ppo.generation import Generator, RowNoise, Sampler
+from lit_models.ppo.metrics import Meter, add_losses, add_rollout, rollout_explained_variance, sequence_scores, summed_kl
+from lit_models.ppo.rewards import Reward, RewardModel
+from lit_models.ppo.rollout import Rollout
+from lit_models.ppo.shapers import KLPenalty, Shaper
+from lit_models.ppo.steps import PPOLoss, ScoreOptions, Updates
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Prompts = dict[str, Any]
+
+
+class LitPPO(LitBase):
+    """Proximal policy optimization of a language model against rewards, near a reference model.
+
+    A training batch is a batch of prompts (`prompt_ids`, `prompt_mask` (B,P) int64, left-padded, and `columns`), or
+    `{"prompt": ..., "ptx": ...}` with a batch of texts (`input_ids`, `attention_mask`, `labels` (B,T) int64) for the
+    pre-training loss. The global step counts optimizer steps, of which a rollout has `updates.epochs` times the number
+    of its minibatches.
+
+    If you use this module in your research, please cite:
+
+    * https://arxiv.org/abs/1707.06347
+    * https://arxiv.org/abs/2203.02155
+
+    Args:
+        actor: the policy.
+        tokenizer: hub id or folder.
+        rewards: scores of responses, summed with their weights.
+        critic: the value network; by default like the first reward model, else the actor's trunk.
+        reference: the frozen policy of the KL penalty; by default like the actor, and with adapters the actor itself
+            with its adapters off.
+        pad_token: token of the vocabulary to pad with instead of the tokenizer's own.
+        generator: how responses are sampled.
+        samples_per_prompt: responses per prompt.
+        scores: clipping and place of the score.
+        shapers: change the token rewards, in order.
+        advantage: how advantages are estimated.
+        loss: clips and weights.
+        updates: epochs, minibatches and gradient clipping.
+        optimizer: factory taking the parameter groups of both networks.
+        lr_scheduler: factory taking the optimizer; stepped after every optimizer step.
+        actor_group: learning rate and weight decay of the actor, where they differ from the optimizer's.
+        critic_group: the same for the critic.
+        logprob_temperature: temperature of log-probabilities; that of sampling by default.
+        zero_critic_head: start from a critic that predicts 0 everywhere.
+        critic_warmup_rollouts: rollouts in which only the critic learns.
+        ptx_coef: weight of the pre-training loss.
+        score_batch_size: rows per forward pass without gradients; null for all.
+        max_rollouts: stop after this many rollouts; `trainer.max_steps` counts optimizer steps.
+        eval_temperature: sampling temperature in validation, test and prediction; 0 takes the likeliest token.
+        predict_samples: responses per prompt in prediction.
+        seed: of sampling; the responses to a prompt depend on it, on the rollout and on the row alone.
+        sharding: sharding, activation checkpointing and compilation.
+    """
+
+    ema_part = "actor"
+
+    def __init__(
+        self,
+        actor: Backbone,
+        tokenizer: str,
+        rewards: list[Reward],
+        critic: Backbone | None = None,
+        reference: Backbone | None = None,
+        pad_token: str | None = None,
+        generator: Generator = Sampler(),
+        samples_per_prompt: int = 1,
+        scores: ScoreOptions = ScoreOptions(),
+        shapers: list[Shaper] | None = None,
+        advantage: AdvantageEstimator = GAE(),
+        loss: PPOLoss = PPOLoss(),
+        updates: Updates = Updates(),
+        optimizer: OptimizerCallable = AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        actor_group: GroupOptions = GroupOptions(),
+        critic_group: GroupOptions = GroupOptions(),
+        logprob_temperature: float | None = None,
+        zero_critic_head: bool = False,
+        critic_warmup_rollouts: int = 0,
+        ptx_coef: float = 0.0,
+        score_batch_size: int | None = None,
+        max_rollouts: int | None = None,
+        eval_temperature: float | None = None,
+        predict_samples: int = 1,
+        seed: int = 1234,
+        sharding: Sharding | None = None,
+    ) -> None:
+        super().__init__(optimizer, lr_scheduler, sharding)
+        self.save_hyperparameters()
+        self.automatic_optimization = False
+        if not rewards:
+            raise ValueError("model.rewards is empty; name at least one reward")
+        self.actor_source, self.critic_source, self.reference_source = actor, critic, reference
+        self.tokenizer_name, self.pad_token = tokenizer, pad_token
+        self.rewards, self.shapers = rewards, [KLPenalty()] if shapers is None else shapers
+        self.generator, self.samples_per_prompt = generator, samples_per_prompt
+        self.scores, self.advantage, self.loss, self.updates = scores, advantage, loss, updates
+        self.actor_group, self.critic_group = actor_group, critic_group
+        self.temperature = logprob_temperature or generator.temperature or 1.0
+        self.zero_critic_head, self.critic_warmup_rollouts, self.ptx_coef = zero_critic_head, critic_warmup_rollouts, ptx_coef
+        self.score_batch_size, self.max_rollouts = score_batch_size, max_rollouts
+        self.eval_temperature, self.predict_samples, self.seed = eval_temperature, predict_samples, seed
+        self.actor: Any = None
+        self.critic: Any = None
+        self.reference: Any = None
+        self.reward_networks: Any = None
+        self.frozen = self._rebuilt()
+        self.rollouts = 0
+        self.last_kl = 0.0
+        self.last_episodes = 0
+        self.newest: Rollout | None = None
+        self._stats: dict[str, float] = {}
+        if generator.truncates:
+            warnings.warn(
+                "model.generator rules tokens out (top_k or top_p), so log-probabilities are not those of the sampled "
+                "distribution and KL estimates may turn negative",
+                stacklevel=2,
+            )
+
+    # -- networks ----------------------------------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        """Build actor, critic, reference and the rewards' networks."""
+        if self.actor is not None:
+            return
+        import lit_models._compat  # noqa: F401
+        from lit_models.nn.scoring import init_score_head
+        from lit_models.tokenization import load_tokenizer
+
+        self.tokenizer = load_tokenizer(self.tokenizer_name, self.pad_token)
+        self.generator.prepare(self.tokenizer)
+        actor = self.actor_source.build()
+        critic = self._critic_source().build_scorer()
+        critic.model.config.pad_token_id = self.tokenizer.pad_token_id
+        if self.zero_critic_head:
+            init_score_head(critic.model, zero=True)
+        self._check_vocabulary(actor, critic.model)
+        for network in (actor, critic):
+            steps.disable_dropout(network)
+        if self.reference_source is not None:
+            self.reference = self._freeze(self.reference_source.build())
+        elif not has_adapters(actor):
+            self.reference = self._freeze(copy.deepcopy(actor))
+        self.place("actor", actor)
+        self.place("critic", critic)
+        networks = [reward.build(self.tokenizer) for reward in self.rewards]
+        self.reward_networks = nn.ModuleList([nn.Identity() if network is None else self._freeze(network) for network in networks])
+        self.check_ema()
+
+    def _rebuilt(self) -> tuple[str, ...]:
+        """Frozen networks that their source gives back on resume; the others are saved."""
+        names = ["reference"] if (self.reference_source or self.actor_source).reproducible else []
+        for number, reward in enumerate(self.rewards):
+            if not isinstance(reward, RewardModel) or reward.backbone.reproducible:
+                names.append(f"reward_networks.{number}")
+        return tuple(names)
+
+    def _critic_source(self) -> Backbone:
+        if self.critic_source is not None:
+            return self.critic_source
+        models = [reward.backbone for reward in self.rewards if isinstance(reward, RewardModel) and reward.tokenizer is None]
+        return models[0] if models else self.actor_source
+
+    def _freeze(self, network: nn.Module) -> nn.Module:
+        return self.shard(network.requires_grad_(False).eval())
+
+    def _check_vocabulary(self, *networks: "PreTrainedModel") -> None:
+        for network in networks:
+            rows = network.get_input_embeddings().num_embeddings
+            if len(self.tokenizer) > rows:
+                raise ValueError(
+                    f"model.tokenizer: {self.tokenizer_name!r} has {len(self.tokenizer)} tokens, but {type(network).__name__} "
+                    f"embeds only {rows}; use the tokenizer that belongs to the model"
+                )
+
+    def trained_networks(self) -> dict[str, nn.Module]:
+        """Actor and critic."""
+        return {"actor": self.actor, "critic": self.critic}
+
+    def group_options(self) -> dict[str, GroupOptions]:
+        """Settings of the two networks' parameter groups."""
+        return {"actor": self.actor_group, "critic": self.critic_group}
+
+    def exported_models(self) -> "dict[str, PreTrainedModel]":
+        """Actor, critic and the averaged actor."""
+        models = {"actor": self.actor, "critic": self.critic.model}
+        if self.ema is not None:
+            models["ema"] = self.ema.model if self.ema_part == "critic" else self.ema
+        return models
+
+    # -- KL coefficient ----------------------------------------------------------------------------------------------
+
+    @property
+    def kl_coef(self) -> float:
+        """Weight of the KL penalty; 0 without one."""
+        return next((shaper.coef for shaper in self.shapers if isinstance(shaper, KLPenalty)), 0.0)
+
+    @kl_coef.setter
+    def kl_coef(self, value: float) -> None:
+        for shaper in self.shapers:
+            if isinstance(shaper, KLPenalty):
+                shaper.coef = value
+
+    def adapt_kl(self, target: float, horizon: float = 10000.0) -> None:
+        """Move the KL coefficient after a rollout so that the divergence approaches `target` (nats per response)."""
+        self.kl_coef = adaptive_kl(self.kl_coef, self.last_kl, self.last_episodes, target, horizon)
+
+    # -- checks before work starts -----------------------------------------------------------------------------------
+
+    def on_fit_start(self) -> None:
+        """Check options that only show once the trainer is known.
+
+        Raises:
+            ValueError: naming the option and the remedy.
+        """
+        if self.trainer.precision in ("16-mixed", "16-true"):
+            raise ValueError("trainer.precision: PPO clips each network's gradient by itself, which float16 scaling breaks; use bf16-mixed")
+        if self.ptx_coef > 0 and self.trainer.datamodule is not None and not getattr(self.trainer.datamodule, "has_ptx", False):
+            raise ValueError("model.ptx_coef is positive, but the data has no pre-training texts; use datamodules.PromptsWithTexts")
+
+    # -- training ----------------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: Prompts, batch_idx: int) -> None:
+        """One rollout and its updates."""
+        prompts, ptx = (batch["prompt"], batch["ptx"]) if "ptx" in batch else (batch, None)
+        meter, clock = Meter(), _Clock()
+        rollout = self.generate(prompts, self.rollouts, self.samples_per_prompt)
+        clock.lap("time/generate")
+        single = self.updates.single(len(rollout))
+        live = self._forward(rollout) if single else None
+        if live is not None:
+            rollout.old_logprobs, rollout.old_values = live[0].detach(), live[2].detach()
+        parts = self.score(rollout, skip_trained=single)
+        parts |= steps.shape(rollout, self.shapers, self.scores)
+        parts |= steps.advantages(rollout, self.advantage, self.all_reduce)
+        clock.lap("time/score")
+        add_rollout(meter, rollout, parts)
+        norms, ratio = self._update(rollout, ptx, live, meter)
+        clock.lap("time/update")
+        self._finish(rollout, meter, norms, ratio, clock.laps)
+
+    def generate(self, batch: Prompts, rollout: int, samples: int = 1, stream: int = 0) -> Rollout:
+        """Sample responses to this process's share of a global batch of prompts.
+
+        Args:
+            batch: `prompt_ids` and `prompt_mask` (B,P) int64, left-padded; optional `columns`.
+            rollout: counter that the random numbers depend on.
+            samples: responses per prompt.
+            stream: separates the random numbers of training (0) from those of evaluation.
+
+        Returns:
+            The rollout with texts.
+        """
+        prompt_ids = batch["prompt_ids"]
+        trainer = self._trainer
+        world, rank = (trainer.world_size, trainer.global_rank) if trainer is not None else (1, 0)
+        noise = RowNoise(self.seed + 7919 * stream, rollout, len(prompt_ids) * world, samples, rank, world)
+        all_done = self._all_done if self.device_mesh is not None else bool
+        return steps.generate(self.actor, self.generator, self.tokenizer, batch, noise, samples, all_done)
+
+    def score(self, rollout: Rollout, skip_trained: bool = False) -> dict[str, Tensor]:
+        """Fill in log-probabilities, values and scores; see `steps.score`."""
+        networks = [None if isinstance(network, nn.Identity) else network for network in self.reward_networks]
+        parts = steps.score(
+            rollout, self.actor, self.critic, self.reference, self.rewards, networks, self.temperature,
+            self.score_batch_size, skip_trained,
+        )
+        return {f"score/{name}": value for name, value in parts.items()} if len(parts) > 1 else {}
+
+    def all_reduce(self, value: Tensor) -> Tensor:
+        """Sum over processes."""
+        return all_reduce_sum(self, value)
+
+    def _forward(self, rollout: Rollout) -> tuple[Tensor, Tensor, Tensor]:
+        return steps.forward(rollout, self.actor, self.critic, self.temperature, self.loss.entropy_coef > 0)
+
+    def _all_done(self, done: bool) -> bool:
+        return bool(self.trainer.strategy.reduce_boolean_decision(done, all=True))
+
+    def _update(
+        self, rollout: Rollout, ptx: Prompts | None, live: tuple[Tensor, Tensor, Tensor] | None, meter: Meter
+    ) -> tuple[dict[str, float], Tensor]:
+        """The optimizer steps of a rollout; returns the newest gradient norms and the largest ratio."""
+        optimizer: Any = self.optimizers()
+        shuffle = torch.Generator().manual_seed(self.seed * 1_000_003 + self.rollouts)
+        policy_weight = 0.0 if self.rollouts < self.critic_warmup_rollouts else 1.0
+        no_sync = getattr(self.trainer.strategy, "block_backward_sync", nullcontext)
+        norms: dict[str, float] = {}
+        ratio = rollout.response_mask.new_ones(())
+        for micro_batches in steps.minibatches(rollout, self.updates, shuffle):
+            tokens = self.all_reduce(sum(micro.response_mask.sum() for micro in micro_batches))
+            optimizer.zero_grad()
+            for number, micro in enumerate(micro_batches):
+                last = number == len(micro_batches) - 1
+                with nullcontext() if last else no_sync():
+                    result = steps.losses(
+                        micro, self.actor, self.critic, self.loss, self.shapers, self.temperature, tokens, live
+                    )
+                    total = policy_weight * result.policy + self.loss.vf_coef * result.value
+                    if self.loss.norm == "global_tokens":
+                        total = total * self.trainer.world_size  # undoes the averaging of gradients over processes
+                    else:
+                        total = total / len(micro_batches)
+                    if ptx is not None and self.ptx_coef > 0 and last:
+                        total = total + self.ptx_coef * self._ptx_loss(ptx, meter)
+                    self.manual_backward(total)
+                add_losses(meter, result.stats, micro.response_mask)
+                ratio = torch.maximum(ratio, result.stats["ratio"].max())
+            norms = self._clip_gradients()
+            optimizer.step()
+            if (scheduler := self.lr_schedulers()) is not None:
+                cast(Any, scheduler).step()
+        return norms, ratio
+
+    def _ptx_loss(self, batch: Prompts, meter: Meter) -> Tensor:
+        """Language-model loss on texts, averaged over their tokens on all processes."""
+        ids, mask, labels = batch["input_ids"], batch["attention_mask"], batch["labels"][:, 1:]
+        logits = self.actor(
+            input_ids=ids, attention_mask=mask, position_ids=position_ids(mask), use_cache=False
+        ).logits[:, :-1]
+        valid = (labels != -100).float()
+        losses = -gather_logprobs(logits, labels.clamp(min=0))
+        meter.add("policy/ptx_loss", losses, valid)
+        return masked_sum(losses, valid) * self.trainer.world_size / self.all_reduce(valid.sum()).clamp(min=1)
+
+    def _clip_gradients(self) -> dict[str, float]:
+        """Clip each network's gradient; returns the norms before clipping under their logged names."""
+        limit = self.updates.max_grad_norm or float("inf")
+        norms = {}
+        for name, network in (("policy", self.actor), ("value", self.critic)):
+            norm = torch.nn.utils.clip_grad_norm_(network.parameters(), limit)
+            norms[f"{name}/grad_norm"] = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        return norms
+
+    def _finish(
+        self, rollout: Rollout, meter: Meter, norms: dict[str, float], ratio: Tensor, laps: dict[str, float]
+    ) -> None:
+        """Count the rollout, log it, and stop at `max_rollouts`."""
+        metrics = meter.compute(self.all_reduce) | norms | laps
+        metrics |= self._extremes(rollout, ratio)
+        metrics["value/explained_variance"] = float(rollout_explained_variance(rollout, self.all_reduce))
+        metrics["kl/coef"] = self.kl_coef
+        for name, value in self._learning_rates().items():
+            metrics[name] = value
+        tokens = float(rollout.attention_mask.sum())
+        metrics["tokens_per_s"] = float(self.all_reduce(torch.tensor(tokens, device=self.device))) / sum(laps.values())
+        shown = {name: metrics.pop(name) for name in ("score/mean", "kl/ref")}
+        self.log_dict(metrics)
+        self.log_dict(shown, prog_bar=True)
+        self.rollouts += 1
+        self.last_kl = shown["kl/ref"]
+        self.last_episodes = len(rollout) * self.trainer.world_size
+        self.newest, self._stats = rollout, {"tokens": tokens, **laps}
+        if self.max_rollouts is not None and self.rollouts >= self.max_rollouts:
+            self.trainer.should_stop = True
+
+    def _extremes(self, rollout: Rollout, ratio: Tensor) -> dict[str, float]:
+        """Largest and smallest values over all processes."""
+        score = sequence_scores(rollout)
+        largest = torch.stack([score.max(), -score.min(), rollout.lengths.max().float(), ratio]).double()
+        if self.trainer.world_size > 1:
+            largest = self.trainer.strategy.reduce(largest, reduce_op="max")
+        names = ("score/max", "score/min", "response/len_max", "policy/ratio_max")
+        values = dict(zip(names, largest.tolist(), strict=True))
+        return values | {"score/min": -values["score/min"]}
+
+    def _learning_rates(self) -> dict[str, float]:
+        optimizer: Any = self.optimizers()
+        rates = {group["name"]: float(group["lr"]) for group in optimizer.param_groups}
+        return {
+            f"{label}/lr": rates.get(name, rates.get(f"{name}_no_decay", 0.0))
+            for label, name in (("policy", "actor"), ("value", "critic"))
+        }
+
+    # -- evaluation --------------------------------------------------------------------------------------------------
+
+    def validation_step(self, batch: Prompts, batch_idx: int) -> None:
+        """Score sampled responses to validation prompts."""
+        self._evaluate(batch, batch_idx, "val")
+
+    def test_step(self, batch: Prompts, batch_idx: int) -> None:
+        """Score sampled responses to test prompts."""
+        self._evaluate(batch, batch_idx, "test")
+
+    def predict_step(self, batch: Prompts, batch_idx: int) -> list[dict[str, Any]]:
+        """Responses and scores, `predict_samples` per prompt, one row per prompt."""
+        with self._sampling_for_evaluation():
+            rollout = self.generate(batch, batch_idx, self.predict_samples, stream=2)
+        self.score(rollout)
+        size = self.predict_samples
+        scores = sequence_scores(rollout).tolist()
+        return [
+            {
+                "prompt": rollout.prompts[row],
+                "responses": rollout.responses[row : row + size],
+                "scores": scores[row : row + size],
+            }
+            for row in range(0, len(rollout), size)
+        ]
+
+    def _evaluate(self, batch: Prompts, batch_idx: int, stage: str) -> None:
+        with self._sampling_for_evaluation():
+            rollout = self.generate(batch, batch_idx, stream=1)
+        self.score(rollout)
+        self.newest = rollout
+        metrics = {
+            "score": sequence_scores(rollout),
+            "kl": summed_kl(rollout),
+            "length": rollout.lengths.float(),
+            "eos_frac": rollout.ended.float(),
+        }
+        self.log_dict(
+            {f"{stage}/{name}": value.mean() for name, value in metrics.items()},
+            batch_size=len(rollout), on_step=False, on_epoch=True, sync_dist=True, prog_bar=stage == "val",
+        )
+
+    @contextmanager
+    def _sampling_for_evaluation(self) -> Iterator[None]:
+        """Sample at `eval_temperature`, where one is given."""
+        usual = self.generator.temperature
+        if self.eval_temperature is not None:
+            self.generator.temperature = self.eval_temperature
+        try:
+            yield
+        finally:
+            self.generator.temperature = usual
+
+    # -- what callbacks ask for --------------------------------------------------------------------------------------
+
+    def samples(self) -> list[dict[str, str | float]]:
+        """Rows of the newest rollout: prompt, response, score, kl (nats) and length (tokens)."""
+        rollout = self.newest
+        if rollout is None:
+            return []
+        columns = (rollout.prompts, rollout.responses, sequence_scores(rollout), summed_kl(rollout), rollout.lengths)
+        return [
+            {"prompt": prompt, "response": response, "score": float(score), "kl": float(kl), "length": float(length)}
+            for prompt, response, score, kl, length in zip(*columns, strict=True)
+        ]
+
+    def step_stats(self) -> dict[str, float]:
+        """Tokens of the newest rollout on this process and the seconds of its parts."""
+        return self._stats
+
+    # -- checkpoints -------------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the rollout counter, on which the random numbers depend, and the KL coefficient."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["ppo"] = {"rollouts": self.rollouts, "kl_coef": self.kl_coef}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore the rollout counter and the KL coefficient."""
+        state = checkpoint.get("ppo", {})
+        self.rollouts = state.get("rollouts", 0)
+        self.kl_coef = state.get("kl_coef", self.kl_coef)
+
+
+class _Clock:
+    """Seconds between laps."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._start = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[name] = now - self._start
+        self._start = now

@@ -1,0 +1,69 @@
+"""Messages of the configuration parser, completed by the nearest valid key or class."""
+
+import inspect
+import re
+import sys
+from difflib import get_close_matches
+from typing import Any
+
+PACKAGES = ("lit_models", "datamodules", "callbacks")
+UNKNOWN = (
+    r"Option '([^']+)' is not accepted",
+    r"does not accept option '([^']+)'",
+    r"unrecognized arguments: --([\w.]+)",
+    r"has no attribute '([^']+)'",
+    r"No module named '([^']+)'",
+    r"'?class_path'?: '?([\w.]+)'?",
+)
+
+
+def explain(message: str, parser: Any) -> str:  # noqa: ANN401
+    """Add the nearest valid names to a message about an unknown key or class.
+
+    Args:
+        message: of the parser.
+        parser: the parser that failed.
+
+    Returns:
+        The message; followed by `; did you mean ...?` where a valid name is near.
+    """
+    found = next((match for pattern in UNKNOWN if (match := re.search(pattern, message))), None)
+    if found is None:
+        return message
+    unknown = found.group(1)
+    owners = _parameters() | {option: "" for option in _options(parser)}
+    last = unknown.rpartition(".")[2]
+    near = get_close_matches(unknown, owners, n=1, cutoff=0.8) or get_close_matches(last, owners, n=2, cutoff=0.6)
+    if not near or last in owners:
+        return message
+    named = " or ".join(f"{name!r} (of {owners[name]})" if owners[name] else repr(name) for name in near)
+    first_line = message.strip().splitlines()[0] if "Given value" in message else message.strip()
+    return f"{first_line}; did you mean {named}?"
+
+
+def _options(parser: Any) -> list[str]:  # noqa: ANN401
+    """Dotted names that a parser and its sub-commands accept."""
+    names: set[str] = set()
+    pending = [parser]
+    while pending:
+        for action in pending.pop()._actions:
+            names.update(option.lstrip("-") for option in action.option_strings)
+            choices = getattr(action, "choices", None)
+            if isinstance(choices, dict):
+                pending += [choice for choice in choices.values() if hasattr(choice, "_actions")]
+    return sorted(names)
+
+
+def _parameters() -> dict[str, str]:
+    """Arguments and names of this collection's imported classes, with the class they belong to."""
+    owners: dict[str, str] = {}
+    for module_name, module in list(sys.modules.items()):
+        if module_name.split(".")[0] not in PACKAGES:
+            continue
+        for name, value in list(vars(module).items()):
+            if inspect.isclass(value) and value.__module__.split(".")[0] in PACKAGES:
+                owners.setdefault(name, "")
+                for parameter in inspect.signature(value.__init__).parameters:
+                    owners.setdefault(parameter, name)
+    owners.pop("self", None)
+    return owners
