@@ -41,45 +41,60 @@ class LoRA:
     def apply(self, model: "PreTrainedModel") -> None:
         """Freeze the model and add trainable adapters in place; a `score` head stays trainable."""
         try:
-            from peft import LoraConfig
+            from peft import LoraConfig, inject_adapter_in_model
         except ImportError as error:
             raise ImportError("lora: needs the peft package; pip install 'lit-models[lora]'") from error
-        targets = self.targets
         head = getattr(model, "score", None)
-        config = LoraConfig(r=self.r, lora_alpha=self.alpha, lora_dropout=self.dropout, target_modules=targets,
-                            exclude_modules=["score"] if head is not None else None)
-        model.add_adapter(config)
+        config = LoraConfig(
+            r=self.r,
+            lora_alpha=self.alpha,
+            lora_dropout=self.dropout,
+            target_modules=self.targets if isinstance(self.targets, list) else _linear_layers(model),
+        )
+        inject_adapter_in_model(config, model)
         if head is not None:
             head.requires_grad_(True)
 
 
+def _linear_layers(model: "PreTrainedModel") -> list[str]:
+    """Names of the linear layers of the trunk; Conv1D is GPT-2's transposed linear layer."""
+    trunk = model.base_model
+    kinds = ("Linear", "Conv1D")
+    return sorted({name.rpartition(".")[2] for name, module in trunk.named_modules() if type(module).__name__ in kinds})
+
+
+def adapter_layers(network: nn.Module) -> dict[str, Any]:
+    """Layers that carry adapters, by name."""
+    return {name: module for name, module in network.named_modules() if hasattr(module, "lora_A")}
+
+
 def has_adapters(network: nn.Module) -> bool:
     """Whether LoRA adapters were added to a network."""
-    return any(getattr(module, "_hf_peft_config_loaded", False) for module in network.modules())
+    return bool(adapter_layers(network))
 
 
 @contextmanager
 def adapters_off(model: "PreTrainedModel") -> Iterator[None]:
     """Run a network without its adapters, which gives the network they were added to."""
-    model.disable_adapters()
+    layers = adapter_layers(model).values()
+    for layer in layers:
+        layer.enable_adapters(False)
     try:
         yield
     finally:
-        model.enable_adapters()
+        for layer in layers:
+            layer.enable_adapters(True)
 
 
 def merged(model: "PreTrainedModel") -> "PreTrainedModel":
     """Copy of a network with its adapters folded into the weights; the network itself if it has none."""
     if not has_adapters(model):
         return model
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
     model = copy.deepcopy(model)
-    for name, layer in [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]:
+    for name, layer in adapter_layers(model).items():
         layer.merge()
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer.get_base_layer())
-    model._hf_peft_config_loaded = False
     return model
 
 
@@ -111,6 +126,7 @@ class Backbone(ABC):
         return TokenScorer(self._finish(self.load_scorer()))
 
     def _finish(self, model: "PreTrainedModel") -> "PreTrainedModel":
+        model.requires_grad_(True)  # averages and merged adapters of a checkpoint come frozen
         if self.lora is not None:
             self.lora.apply(model)
         return model.train()
@@ -341,7 +357,7 @@ class FromModule(Backbone):
     def plain(self) -> dict[str, Any]:
         """Recipe of the architecture; the weights are in the checkpoint."""
         config = self.module.config.to_diff_dict()
-        family = self.module.config.model_type
+        family = config.pop("model_type")
         recipe = FromConfig(family, config, str(self.module.dtype).removeprefix("torch."), lora=self.lora)
         return {"class_path": f"{__name__}.FromConfig", "init_args": asdict(recipe)}
 

@@ -89,7 +89,7 @@ class LitBase(LightningModule):
         return shard(network, self.device_mesh, self.sharding)
 
     def enable_ema(self, decay: float, part: str | None = None) -> None:
-        """Keep an exponential moving average of one network; to be called before `configure_model`.
+        """Keep an exponential moving average of one network; to be called before training starts.
 
         Args:
             decay: weight of the average at each optimizer step.
@@ -97,6 +97,9 @@ class LitBase(LightningModule):
         """
         self._ema_decay = decay
         self.ema_part = part or self.ema_part
+        network = getattr(self, self.ema_part, None)
+        if isinstance(network, nn.Module) and self.ema is None:  # built before, for example by load_from_checkpoint
+            self.ema = _averaged(network)
 
     def place(self, name: str, network: nn.Module) -> None:
         """Shard a trained network and keep it as attribute `name`, with its averaged copy where one is wanted.
@@ -109,7 +112,7 @@ class LitBase(LightningModule):
             network: built and not yet sharded.
         """
         if self._ema_decay is not None and name == self.ema_part:
-            self.ema = self.shard(copy.deepcopy(network).float().requires_grad_(False).eval())
+            self.ema = self.shard(_averaged(network))
         setattr(self, name, self.shard(network))
 
     def check_ema(self) -> None:
@@ -190,6 +193,8 @@ class LitBase(LightningModule):
         Raises:
             CheckpointMismatchError: if keys or shapes belong to another model.
         """
+        if not any(True for _ in self.parameters()):
+            self.configure_model()  # a parent process gets the weights of its forked workers without having built any
         own = self.state_dict()
         unexpected = sorted(set(state_dict) - set(own) - set(self._left_out()))
         missing = sorted(set(own) - set(state_dict))
@@ -249,6 +254,13 @@ class LitBase(LightningModule):
         values.setdefault("_class_path", f"{type(self).__module__}.{type(self).__qualname__}")
         values["_instantiator"] = "lightning.pytorch.cli.instantiate_module"
         checkpoint[key] = values
+        if self._ema_decay is not None:
+            checkpoint["ema"] = {"decay": self._ema_decay, "part": self.ema_part}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Outside a run, where no callback asks for it, make room for the averaged weights of the checkpoint."""
+        if self._trainer is None and "ema" in checkpoint:
+            self.enable_ema(**checkpoint["ema"])
 
     # -- what callbacks ask for --------------------------------------------------------------------------------------
 
@@ -286,6 +298,11 @@ class LitBase(LightningModule):
             "steps": self._trainer.global_step if self._trainer is not None else 0,
             "metrics": {name: round(float(value), 4) for name, value in metrics.items()},
         }
+
+
+def _averaged(network: nn.Module) -> nn.Module:
+    """Copy of a network to average into."""
+    return copy.deepcopy(network).float().requires_grad_(False).eval()
 
 
 def all_reduce_sum(module: LightningModule, value: Tensor) -> Tensor:
