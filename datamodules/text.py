@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 
 from datamodules.base import LitData, Split
 from datamodules.encoding import Encoder
@@ -73,8 +73,10 @@ class RowFormat:
 class RowEncoder(Protocol):
     """Function from raw rows and their positions in the split to encoded rows, without those that cannot be used."""
 
-    dropped: str
-    """Why rows are left out, as words after "dropped n of m"."""
+    @property
+    def dropped(self) -> str:
+        """Why rows are left out, as words after "dropped n of m"."""
+        ...
 
     def __call__(self, rows: list[dict[str, Any]], numbers: list[int]) -> list[Encoded]:
         """Format and tokenise rows."""
@@ -141,7 +143,7 @@ class TextData(LitData):
             raise ValueError("data.stage_fractions: a stream has no length to divide; set data.streaming to false")
         self.path, self.name, self.data_files = path, name, data_files
         self.tokenizer = load_tokenizer(tokenizer, pad_token)
-        self.pad_id = int(self.tokenizer.pad_token_id)  # type: ignore[arg-type]  # checked by load_tokenizer
+        self.pad_id = int(self.tokenizer.pad_token_id)
         self.format_name: FormatName = format
         self.prompt_template, self.response_template = prompt_template, response_template
         self.split_names: dict[Split, str | None] = {

@@ -46,7 +46,11 @@ def show(console: Console, before: Any, after: Any) -> None:
     table = Table(title="PPO on test prompts")
     for column in ("", "before", "after"):
         table.add_column(column, justify="left" if not column else "right")
-    for key, name in (("score", "normalised score"), ("kl", "KL to the reference (nats)"), ("length", "response length (tokens)")):
+    for key, name in (
+        ("score", "normalised score"),
+        ("kl", "KL to the reference (nats)"),
+        ("length", "response length (tokens)"),
+    ):
         table.add_row(name, *(f"{float(metrics[f'val/{key}']):.2f}" for metrics, _ in (before, after)))
     console.print(table)
     samples = Table(title="Responses to the same prompts (score)", show_lines=True)

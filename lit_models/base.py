@@ -171,7 +171,9 @@ class LitBase(LightningModule):
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         for key in super().state_dict():
             online = f"{self.ema_part}.{key.removeprefix('ema.')}" if key.startswith("ema.") else key
-            if (prefixes and key.startswith(prefixes)) or (adapted and key.startswith(adapted) and online not in trained):
+            if (prefixes and key.startswith(prefixes)) or (
+                adapted and key.startswith(adapted) and online not in trained
+            ):
                 yield key
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]  # noqa: ANN401
@@ -211,7 +213,8 @@ class LitBase(LightningModule):
             examples = [f"{key!r} is missing" for key in missing[:1]]
             examples += [f"{key!r} is unknown" for key in unexpected[:1]]
             examples += [
-                f"{key!r} has shape {tuple(state_dict[key].shape)} instead of {tuple(own[key].shape)}" for key in shapes[:1]
+                f"{key!r} has shape {tuple(state_dict[key].shape)} instead of {tuple(own[key].shape)}"
+                for key in shapes[:1]
             ]
             raise CheckpointMismatchError(
                 f"the checkpoint is of another model than {type(self).__name__} as configured "
@@ -336,7 +339,10 @@ def plain(value: Any) -> Any:  # noqa: ANN401
     if isinstance(value, (torch.dtype, Path)):
         return str(value).removeprefix("torch.")
     if isinstance(value, functools.partial):
-        return {"class_path": _path(value.func), "init_args": {name: plain(item) for name, item in value.keywords.items()}}
+        return {
+            "class_path": _path(value.func),
+            "init_args": {name: plain(item) for name, item in value.keywords.items()},
+        }
     if isinstance(value, type):
         return {"class_path": _path(value)}
     if hasattr(value, "plain"):

@@ -105,7 +105,9 @@ def prepare_process() -> None:
 
     quiet_trainer_tips()
     warnings.filterwarnings("ignore", message=".*LeafSpec.*deprecated")  # between Lightning 2.6 and torch 2.13
-    warnings.filterwarnings("ignore", message=".*in eval mode at the start of training")  # frozen networks are meant to be
+    warnings.filterwarnings(
+        "ignore", message=".*in eval mode at the start of training"
+    )  # frozen networks are meant to be
 
 
 def import_classes(package: Any) -> None:  # noqa: ANN401

@@ -31,12 +31,16 @@ def load_tokenizer(name: str, pad_token: str | None = None) -> "PreTrainedTokeni
         ) from error
     if pad_token is not None:
         if pad_token not in tokenizer.get_vocab():
-            raise ValueError(f"pad_token: {pad_token!r} is not in the vocabulary of tokenizer {name!r}; name one that is")
+            raise ValueError(
+                f"pad_token: {pad_token!r} is not in the vocabulary of tokenizer {name!r}; name one that is"
+            )
         tokenizer.pad_token = pad_token
     if tokenizer.eos_token_id is None:
         raise ValueError(f"tokenizer: {name!r} has no end-of-sequence token, so generation could never stop")
     if tokenizer.pad_token_id is None:
-        raise ValueError(f"pad_token: tokenizer {name!r} has no padding token; set pad_token to an unused token of its vocabulary")
+        raise ValueError(
+            f"pad_token: tokenizer {name!r} has no padding token; set pad_token to an unused token of its vocabulary"
+        )
     if tokenizer.pad_token_id == tokenizer.eos_token_id:
         raise ValueError(
             f"pad_token: tokenizer {name!r} pads with its end-of-sequence token {tokenizer.eos_token!r}, which would hide "

@@ -17,9 +17,13 @@ class _Warmup(LambdaLR):
 
     def __init__(self, optimizer: Optimizer, warmup: Warmup = 0, total: int | None = None) -> None:
         if total is not None and total < 1:
-            raise ValueError(f"lr_scheduler.total must be at least 1, got {total}; the presets use the trainer's max_steps")
+            raise ValueError(
+                f"lr_scheduler.total must be at least 1, got {total}; the presets use the trainer's max_steps"
+            )
         self.total = total
-        super().__init__(optimizer, [self._multiplier(group.get("name", ""), warmup) for group in optimizer.param_groups])
+        super().__init__(
+            optimizer, [self._multiplier(group.get("name", ""), warmup) for group in optimizer.param_groups]
+        )
 
     def _decay(self, progress: float) -> float:
         """Multiplier after warm-up at `progress` in [0, 1]."""
@@ -29,7 +33,9 @@ class _Warmup(LambdaLR):
         if isinstance(warmup, dict):
             warmup = warmup.get(name, warmup.get(name.removesuffix("_no_decay"), 0))
         if warmup < 0 or (isinstance(warmup, float) and warmup > 1):
-            raise ValueError(f"lr_scheduler.warmup takes steps (int) or a share of total (float in [0, 1]), got {warmup}")
+            raise ValueError(
+                f"lr_scheduler.warmup takes steps (int) or a share of total (float in [0, 1]), got {warmup}"
+            )
         if isinstance(warmup, float) and self.total is None:
             raise ValueError("lr_scheduler.warmup is a share, which needs lr_scheduler.total; give steps instead")
         steps = round(warmup * (self.total or 0)) if isinstance(warmup, float) else warmup

@@ -16,7 +16,9 @@ class AdvantageEstimator(ABC):
     """Turns the rewards and values of a rollout into advantages and returns."""
 
     @abstractmethod
-    def estimate(self, rollout: Rollout, all_reduce: AllReduce | None = None) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def estimate(
+        self, rollout: Rollout, all_reduce: AllReduce | None = None
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Estimate.
 
         Args:
@@ -57,7 +59,9 @@ class GAE(AdvantageEstimator):
             if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"advantage.{name} must lie in [0, 1], got {value}")
 
-    def estimate(self, rollout: Rollout, all_reduce: AllReduce | None = None) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def estimate(
+        self, rollout: Rollout, all_reduce: AllReduce | None = None
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Estimate; see `AdvantageEstimator.estimate`."""
         assert rollout.rewards is not None
         assert rollout.old_values is not None

@@ -163,7 +163,10 @@ class Sampler(Generator):
         alive = prompt_mask.new_zeros(rows, self.max_new_tokens)
         done = torch.zeros(rows, dtype=torch.bool, device=device)
         output = model(
-            input_ids=prompt_ids, attention_mask=prompt_mask, position_ids=position_ids(prompt_mask), use_cache=True,
+            input_ids=prompt_ids,
+            attention_mask=prompt_mask,
+            position_ids=position_ids(prompt_mask),
+            use_cache=True,
             logits_to_keep=1,
         )
         length = self.max_new_tokens
@@ -180,8 +183,11 @@ class Sampler(Generator):
                 break
             if step + 1 < self.max_new_tokens:
                 output = model(
-                    input_ids=token[:, None], attention_mask=mask[:, : width + step + 1], position_ids=position + step,
-                    use_cache=True, **_cache(output),
+                    input_ids=token[:, None],
+                    attention_mask=mask[:, : width + step + 1],
+                    position_ids=position + step,
+                    use_cache=True,
+                    **_cache(output),
                 )
         kept = alive[:, :length].float()
         return Generation(response[:, :length], kept, done)
@@ -256,8 +262,12 @@ class HuggingFaceGenerate(Generator):
         from transformers import GenerationConfig
 
         config = GenerationConfig(
-            do_sample=self.temperature > 0, temperature=self.temperature or 1.0, max_new_tokens=self.max_new_tokens,
-            eos_token_id=self._eos, pad_token_id=self._pad, **({"top_k": 0} | self.options),
+            do_sample=self.temperature > 0,
+            temperature=self.temperature or 1.0,
+            max_new_tokens=self.max_new_tokens,
+            eos_token_id=self._eos,
+            pad_token_id=self._pad,
+            **({"top_k": 0} | self.options),
         )
         devices = [prompt_ids.device] if prompt_ids.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):

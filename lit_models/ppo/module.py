@@ -19,7 +19,14 @@ from lit_models.ppo import steps
 from lit_models.ppo.advantages import GAE, AdvantageEstimator
 from lit_models.ppo.functional import adaptive_kl, gather_logprobs, masked_sum, position_ids
 from lit_models.ppo.generation import Generator, RowNoise, Sampler
-from lit_models.ppo.metrics import Meter, add_losses, add_rollout, rollout_explained_variance, sequence_scores, summed_kl
+from lit_models.ppo.metrics import (
+    Meter,
+    add_losses,
+    add_rollout,
+    rollout_explained_variance,
+    sequence_scores,
+    summed_kl,
+)
 from lit_models.ppo.rewards import Reward, RewardModel
 from lit_models.ppo.rollout import Rollout
 from lit_models.ppo.shapers import KLPenalty, Shaper
@@ -119,7 +126,11 @@ class LitPPO(LitBase):
         self.scores, self.advantage, self.loss, self.updates = scores, advantage, loss, updates
         self.actor_group, self.critic_group = actor_group, critic_group
         self.temperature = logprob_temperature or generator.temperature or 1.0
-        self.zero_critic_head, self.critic_warmup_rollouts, self.ptx_coef = zero_critic_head, critic_warmup_rollouts, ptx_coef
+        self.zero_critic_head, self.critic_warmup_rollouts, self.ptx_coef = (
+            zero_critic_head,
+            critic_warmup_rollouts,
+            ptx_coef,
+        )
         self.score_batch_size, self.max_rollouts = score_batch_size, max_rollouts
         self.eval_temperature, self.predict_samples, self.seed = eval_temperature, predict_samples, seed
         self.actor: Any = None
@@ -166,7 +177,9 @@ class LitPPO(LitBase):
         self.place("actor", actor)
         self.place("critic", critic)
         networks = [reward.build(self.tokenizer) for reward in self.rewards]
-        self.reward_networks = nn.ModuleList([nn.Identity() if network is None else self._freeze(network) for network in networks])
+        self.reward_networks = nn.ModuleList(
+            [nn.Identity() if network is None else self._freeze(network) for network in networks]
+        )
         self.check_ema()
 
     def _rebuilt(self) -> tuple[str, ...]:
@@ -180,7 +193,9 @@ class LitPPO(LitBase):
     def _critic_source(self) -> Backbone:
         if self.critic_source is not None:
             return self.critic_source
-        models = [reward.backbone for reward in self.rewards if isinstance(reward, RewardModel) and reward.tokenizer is None]
+        models = [
+            reward.backbone for reward in self.rewards if isinstance(reward, RewardModel) and reward.tokenizer is None
+        ]
         return models[0] if models else self.actor_source
 
     def _freeze(self, network: nn.Module) -> nn.Module:
@@ -236,9 +251,17 @@ class LitPPO(LitBase):
             ValueError: naming the option and the remedy.
         """
         if self.trainer.precision in ("16-mixed", "16-true"):
-            raise ValueError("trainer.precision: PPO clips each network's gradient by itself, which float16 scaling breaks; use bf16-mixed")
-        if self.ptx_coef > 0 and self.trainer.datamodule is not None and not getattr(self.trainer.datamodule, "has_ptx", False):
-            raise ValueError("model.ptx_coef is positive, but the data has no pre-training texts; use datamodules.PromptsWithTexts")
+            raise ValueError(
+                "trainer.precision: PPO clips each network's gradient by itself, which float16 scaling breaks; use bf16-mixed"
+            )
+        if (
+            self.ptx_coef > 0
+            and self.trainer.datamodule is not None
+            and not getattr(self.trainer.datamodule, "has_ptx", False)
+        ):
+            raise ValueError(
+                "model.ptx_coef is positive, but the data has no pre-training texts; use datamodules.PromptsWithTexts"
+            )
 
     # -- training ----------------------------------------------------------------------------------------------------
 
@@ -284,8 +307,15 @@ class LitPPO(LitBase):
         """Fill in log-probabilities, values and scores; see `steps.score`."""
         networks = [None if isinstance(network, nn.Identity) else network for network in self.reward_networks]
         parts = steps.score(
-            rollout, self.actor, self.critic, self.reference, self.rewards, networks, self.temperature,
-            self.score_batch_size, skip_trained,
+            rollout,
+            self.actor,
+            self.critic,
+            self.reference,
+            self.rewards,
+            networks,
+            self.temperature,
+            self.score_batch_size,
+            skip_trained,
         )
         return {f"score/{name}": value for name, value in parts.items()} if len(parts) > 1 else {}
 
@@ -433,7 +463,11 @@ class LitPPO(LitBase):
         }
         self.log_dict(
             {f"{stage}/{name}": value.mean() for name, value in metrics.items()},
-            batch_size=len(rollout), on_step=False, on_epoch=True, sync_dist=True, prog_bar=stage == "val",
+            batch_size=len(rollout),
+            on_step=False,
+            on_epoch=True,
+            sync_dist=True,
+            prog_bar=stage == "val",
         )
 
     @contextmanager

@@ -111,9 +111,13 @@ class RewardModel(Reward):
             eos = self._tokenizer.eos_token or ""
             texts = [
                 prompt + response + (eos if ended else "")
-                for prompt, response, ended in zip(rollout.prompts, rollout.responses, rollout.ended.tolist(), strict=True)
+                for prompt, response, ended in zip(
+                    rollout.prompts, rollout.responses, rollout.ended.tolist(), strict=True
+                )
             ]
-            batch = self._tokenizer(texts, return_tensors="pt", padding=True, padding_side="right").to(rollout.prompt_ids.device)
+            batch = self._tokenizer(texts, return_tensors="pt", padding=True, padding_side="right").to(
+                rollout.prompt_ids.device
+            )
             ids, mask = batch["input_ids"], batch["attention_mask"]
             end = mask.sum(1) - 1
         scores: Tensor = network(ids, mask, position_ids(mask)).gather(1, end[:, None]).squeeze(1)

@@ -87,7 +87,9 @@ class PPOLoss:
             ValueError: naming the option.
         """
         if not 0 <= self.clip_low <= 1 or self.clip_high < 0:
-            raise ValueError(f"loss.clip_low must lie in [0, 1] and loss.clip_high be >= 0, got {self.clip_low}, {self.clip_high}")
+            raise ValueError(
+                f"loss.clip_low must lie in [0, 1] and loss.clip_high be >= 0, got {self.clip_low}, {self.clip_high}"
+            )
         if self.dual_clip is not None and self.dual_clip <= 1:
             raise ValueError(f"loss.dual_clip must be greater than 1 or null, got {self.dual_clip}")
         if self.value_clip is not None and self.value_clip <= 0:
@@ -125,7 +127,9 @@ class Updates:
 
     def single(self, rows: int) -> bool:
         """Whether a rollout of `rows` rows is used in exactly one forward pass, so that old and new policy are one."""
-        return self.epochs == 1 and all(size is None or size >= rows for size in (self.minibatch_size, self.micro_batch_size))
+        return self.epochs == 1 and all(
+            size is None or size >= rows for size in (self.minibatch_size, self.micro_batch_size)
+        )
 
 
 def disable_dropout(network: nn.Module) -> None:
@@ -170,7 +174,9 @@ def generate(
     finally:
         actor.train(training)
     kept = [ids[mask] for ids, mask in zip(prompt_ids, prompt_mask.bool(), strict=True)]
-    columns = {name: [value for value in values for _ in range(samples)] for name, values in batch.get("columns", {}).items()}
+    columns = {
+        name: [value for value in values for _ in range(samples)] for name, values in batch.get("columns", {}).items()
+    }
     return Rollout(
         prompt_ids=prompt_ids,
         prompt_mask=prompt_mask,
@@ -189,8 +195,11 @@ def policy_logits(actor: "PreTrainedModel", rollout: Rollout) -> Tensor:
     """Logits that predict the response tokens, (B,R,V)."""
     length = rollout.response_ids.shape[1]
     output = actor(
-        input_ids=rollout.input_ids, attention_mask=rollout.attention_mask, position_ids=rollout.position_ids,
-        use_cache=False, logits_to_keep=length + 1,
+        input_ids=rollout.input_ids,
+        attention_mask=rollout.attention_mask,
+        position_ids=rollout.position_ids,
+        use_cache=False,
+        logits_to_keep=length + 1,
     )
     logits: Tensor = output.logits[:, -length - 1 : -1]
     return logits
@@ -295,7 +304,9 @@ def advantages(
     return metrics
 
 
-def minibatches(rollout: Rollout, updates: Updates, generator: torch.Generator | None = None) -> Iterator[list[Rollout]]:
+def minibatches(
+    rollout: Rollout, updates: Updates, generator: torch.Generator | None = None
+) -> Iterator[list[Rollout]]:
     """The optimizer steps of a rollout, each as the list of its micro-batches.
 
     Args:

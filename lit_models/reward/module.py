@@ -51,7 +51,9 @@ class RewardLoss:
         if self.center_coefficient and self.kind == "per_token":
             raise ValueError("model.loss.center_coefficient needs model.loss.kind end_token; set it to 0 for per_token")
         if self.num_padding_at_beginning < 0:
-            raise ValueError(f"model.loss.num_padding_at_beginning must be at least 0, got {self.num_padding_at_beginning}")
+            raise ValueError(
+                f"model.loss.num_padding_at_beginning must be at least 0, got {self.num_padding_at_beginning}"
+            )
 
 
 class LitRewardModel(LitBase):
@@ -151,7 +153,9 @@ class LitRewardModel(LitBase):
         if self.loss.kind == "end_token":
             return end_token_loss(scores, lengths, margin, self.loss.center_coefficient), ends
         if margin is not None:
-            raise ValueError("model.loss.kind: per_token knows no margins; set it to end_token or give data without margins")
+            raise ValueError(
+                "model.loss.kind: per_token knows no margins; set it to end_token or give data without margins"
+            )
         return per_token_loss(scores, ids, lengths)[0], ends
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -180,7 +184,9 @@ class LitRewardModel(LitBase):
         scores = torch.cat(self._scores, dim=1).double()
         chosen, rejected = scores
         sums = [self._loss_sum, (chosen > rejected).sum(), chosen.sum(), rejected.sum(), torch.tensor(scores.shape[1])]
-        loss, correct, chosen_sum, rejected_sum, pairs = all_reduce_sum(self, torch.stack([x.double() for x in sums])).tolist()
+        loss, correct, chosen_sum, rejected_sum, pairs = all_reduce_sum(
+            self, torch.stack([x.double() for x in sums])
+        ).tolist()
         metrics = {
             "loss": loss / pairs,
             "accuracy": correct / pairs,
@@ -258,7 +264,9 @@ class LitRewardModel(LitBase):
             for side in zip(self._newest["ids"], self._newest["mask"], strict=True)
         ]
         names = ("chosen", "rejected", "chosen_score", "rejected_score")
-        return [dict(zip(names, row, strict=True)) for row in zip(*texts, *self._newest["scores"].tolist(), strict=True)]
+        return [
+            dict(zip(names, row, strict=True)) for row in zip(*texts, *self._newest["scores"].tolist(), strict=True)
+        ]
 
     # -- score statistics --------------------------------------------------------------------------------------------
 

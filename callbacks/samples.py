@@ -1,0 +1,152 @@
+"""Texts worth reading: samples during training, predictions on disk."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.loggers import TensorBoardLogger
+
+Row = dict[str, Any]
+
+
+def markdown_table(rows: list[Row]) -> str:
+    """A Markdown table of rows that share their keys."""
+    names = list(rows[0])
+
+    def cell(value: object) -> str:
+        text = f"{value:.3f}" if isinstance(value, float) else str(value)
+        return text.replace("|", "\\|").replace("\n", "<br>")
+
+    lines = [names, ["---"] * len(names), *([cell(row[name]) for name in names] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+class SampleTable(Callback):
+    """Appends rows of the module's `samples()` to a JSONL file and to TensorBoard.
+
+    Args:
+        every_n_steps: batches between two tables.
+        num_rows: rows of each table.
+        filename: name of the JSONL file in the run's folder; each line holds `step` and the row.
+
+    Note:
+        A resumed run removes the lines after the step it resumes from, so that no step appears twice.
+
+    Example::
+
+        Trainer(callbacks=[SampleTable(every_n_steps=10)])
+    """
+
+    def __init__(self, every_n_steps: int = 10, num_rows: int = 4, filename: str = "samples.jsonl") -> None:
+        if every_n_steps < 1 or num_rows < 1:
+            raise ValueError(
+                f"callbacks.SampleTable: every_n_steps and num_rows must be at least 1, got {every_n_steps} and {num_rows}"
+            )
+        self.every_n_steps, self.num_rows, self.filename = every_n_steps, num_rows, filename
+        self._batches = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Drop lines of steps that will be run again."""
+        path = self._path(trainer)
+        if trainer.is_global_zero and path.is_file():
+            kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= trainer.global_step]
+            path.write_text("".join(f"{line}\n" for line in kept if trainer.global_step > 0))
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,  # noqa: ANN401
+        batch: Any,  # noqa: ANN401
+        batch_idx: int,
+    ) -> None:
+        """Write a table every `every_n_steps` batches."""
+        self._batches += 1
+        if self._batches % self.every_n_steps == 0:
+            self._write(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write a table of the newest validation batch, while training."""
+        if trainer.training or trainer.state.fn == "fit":
+            if not trainer.sanity_checking:
+                self._write(trainer, pl_module)
+
+    def state_dict(self) -> dict[str, int]:
+        """The number of batches seen."""
+        return {"batches": self._batches}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Restore the number of batches seen."""
+        self._batches = state_dict["batches"]
+
+    def _path(self, trainer: Trainer) -> Path:
+        return Path(trainer.log_dir or trainer.default_root_dir) / self.filename
+
+    def _write(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        path = self._path(trainer)
+        if not trainer.is_global_zero:
+            return
+        samples: Any = pl_module.samples
+        rows: list[Row] = samples()[: self.num_rows]
+        if not rows:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as file:
+            file.writelines(json.dumps({"step": trainer.global_step, **row}, ensure_ascii=False) + "\n" for row in rows)
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_text("samples", markdown_table(rows), trainer.global_step)
+
+
+class PredictionWriter(BasePredictionWriter):
+    """Writes what `predict_step` returns as JSON lines, one file per process.
+
+    Args:
+        filename: name in the run's folder; with several processes the rank is put before its ending.
+
+    Note:
+        `predict_step` must return a list of dicts, or a dict of equally long lists and tensors.
+
+    Example::
+
+        Trainer(callbacks=[PredictionWriter()])
+    """
+
+    def __init__(self, filename: str = "predictions.jsonl") -> None:
+        super().__init__(write_interval="batch")
+        self.filename = filename
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start an empty file."""
+        path = self._path(trainer)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("")
+
+    def write_on_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        prediction: Any,  # noqa: ANN401
+        batch_indices: Sequence[int] | None,
+        batch: Any,  # noqa: ANN401
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        """Append the rows of a batch."""
+        with self._path(trainer).open("a") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in as_rows(prediction))
+
+    def _path(self, trainer: Trainer) -> Path:
+        path = Path(trainer.default_root_dir) / self.filename
+        return path if trainer.world_size == 1 else path.with_suffix(f".{trainer.global_rank}{path.suffix}")
+
+
+def as_rows(prediction: Any) -> list[Row]:  # noqa: ANN401
+    """Rows of a batch of predictions, given as rows or as columns."""
+    if isinstance(prediction, list):
+        return prediction
+    columns = {name: value.tolist() if hasattr(value, "tolist") else value for name, value in prediction.items()}
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
