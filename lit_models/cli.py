@@ -26,13 +26,14 @@ class Parser(LightningArgumentParser):
     """Parser whose messages name the nearest valid key."""
 
     def error(self, message: str, ex: Exception | None = None) -> Any:  # noqa: ANN401
-        """Exit with one clear message.
+        """Exit with one clear message, instead of the page of options that jsonargparse puts before it.
 
         Args:
             message: of the failed check.
             ex: the exception behind it.
         """
-        return super().error(explain(message, self), ex)
+        sys.stderr.write(f"error: {explain(message, self)}\n")
+        sys.exit(2)
 
 
 class Cli(LightningCLI):
@@ -98,7 +99,7 @@ def _asset(name: str) -> str:
 def prepare_process() -> None:
     """Settings of the process that every command needs: resolvers, quiet logs, offline-friendly defaults."""
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
-    OmegaConf.register_new_resolver("asset", _asset, replace=True)
+    OmegaConf.register_resolver("asset", _asset, replace=True)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers warn when forked by data-loader workers
     logging.getLogger("httpx").setLevel(logging.WARNING)
     from lit_models._quiet import quiet_trainer_tips
@@ -126,6 +127,10 @@ def main(args: list[str] | None = None) -> Cli:
         The finished CLI, with `trainer`, `model` and `datamodule`.
     """
     prepare_process()
+    if args is None:
+        sys.argv[1:] = find_configs(sys.argv[1:])
+    else:
+        args = find_configs(args)
     for package in (lit_models, datamodules, callbacks):
         import_classes(package)
     return Cli(
@@ -139,5 +144,5 @@ def main(args: list[str] | None = None) -> Cli:
         save_config_kwargs={"overwrite": True},
         trainer_defaults={"callbacks": [callbacks.RNGState()]},
         auto_configure_optimizers=False,
-        args=find_configs(sys.argv[1:] if args is None else args),
+        args=args,
     )

@@ -158,7 +158,7 @@ class LitPPO(LitBase):
             return
         import lit_models._compat  # noqa: F401
         from lit_models.nn.scoring import init_score_head
-        from lit_models.tokenization import load_tokenizer
+        from lit_models.tokenization import check_vocabulary, load_tokenizer
 
         self.tokenizer = load_tokenizer(self.tokenizer_name, self.pad_token)
         self.generator.prepare(self.tokenizer)
@@ -167,7 +167,8 @@ class LitPPO(LitBase):
         critic.model.config.pad_token_id = self.tokenizer.pad_token_id
         if self.zero_critic_head:
             init_score_head(critic.model, zero=True)
-        self._check_vocabulary(actor, critic.model)
+        for model in (actor, critic.model):
+            check_vocabulary(self.tokenizer, model)
         for network in (actor, critic):
             steps.disable_dropout(network)
         if self.reference_source is not None:
@@ -200,15 +201,6 @@ class LitPPO(LitBase):
 
     def _freeze(self, network: nn.Module) -> nn.Module:
         return self.shard(network.requires_grad_(False).eval())
-
-    def _check_vocabulary(self, *networks: "PreTrainedModel") -> None:
-        for network in networks:
-            rows = network.get_input_embeddings().num_embeddings
-            if len(self.tokenizer) > rows:
-                raise ValueError(
-                    f"model.tokenizer: {self.tokenizer_name!r} has {len(self.tokenizer)} tokens, but {type(network).__name__} "
-                    f"embeds only {rows}; use the tokenizer that belongs to the model"
-                )
 
     def trained_networks(self) -> dict[str, nn.Module]:
         """Actor and critic."""
@@ -257,10 +249,10 @@ class LitPPO(LitBase):
         if (
             self.ptx_coef > 0
             and self.trainer.datamodule is not None
-            and not getattr(self.trainer.datamodule, "has_ptx", False)
+            and getattr(self.trainer.datamodule, "ptx", None) is None
         ):
             raise ValueError(
-                "model.ptx_coef is positive, but the data has no pre-training texts; use datamodules.PromptsWithTexts"
+                "model.ptx_coef is positive, but the data has no pre-training texts; use datamodules.PromptsWithText"
             )
 
     # -- training ----------------------------------------------------------------------------------------------------

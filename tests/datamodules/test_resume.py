@@ -1,0 +1,347 @@
+"""Loaders in real training runs: interrupted at any place, on one and two ranks, with and without workers."""
+
+import json
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch.utils.data import DataLoader
+
+from datamodules import InstructionData, PromptData, PromptsWithText
+from datamodules.loaders import (
+    EvaluationSampler,
+    Position,
+    ResumableLoader,
+    ResumableSampler,
+    evaluation_loader,
+    train_loader,
+)
+
+ROWS = [{"prompt": "abcdefghij"[number % 10], "number": number} for number in range(23)]
+
+
+class Recorder(LightningModule):
+    """Remembers which rows every step got."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.seen = []
+        self.evaluated = []
+
+    def training_step(self, batch, batch_idx):
+        prompts = batch.get("prompt", batch)
+        self.seen.append((self.current_epoch, prompts["columns"]["number"], *ptx(batch)))
+        return self.weight * 0
+
+    def validation_step(self, batch, batch_idx):
+        self.evaluated += batch["columns"]["number"]
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def ptx(batch):
+    return [batch["ptx"]["input_ids"].tolist()] if "ptx" in batch else []
+
+
+def run(data, folder, ckpt_path=None, save=None, **options):
+    options = {"max_epochs": -1} | options
+    trainer = Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=options.pop("callbacks", None) is not None,
+        default_root_dir=folder,
+        **options,
+    )
+    model = Recorder()
+    trainer.fit(model, datamodule=data, ckpt_path=ckpt_path)
+    if save is not None:
+        trainer.save_checkpoint(save)
+    return model.seen
+
+
+@pytest.fixture
+def make(write, words):
+    path = write(ROWS)
+
+    def data(**options):
+        return PromptData(path, words, keep_columns=["number"], batch_size=4, **options)
+
+    return data
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, words):
+    folder = tmp_path_factory.mktemp("whole")
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return run(
+        PromptData(str(folder / "rows.jsonl"), words, keep_columns=["number"], batch_size=4), folder, max_steps=14
+    )
+
+
+def test_epochs_differ_and_drop_the_rest(uninterrupted):
+    assert [epoch for epoch, _ in uninterrupted] == [0] * 5 + [1] * 5 + [2] * 4
+    epochs = [sum((rows for number, rows in uninterrupted if number == epoch), []) for epoch in (0, 1)]
+    assert epochs[0] != epochs[1]
+    assert all(len(set(epoch)) == 20 for epoch in epochs)
+
+
+# within the first epoch, at its end, at the first step of the second, within the second
+@pytest.mark.parametrize("stop", [3, 5, 6, 8])
+def test_same_batches_after_an_interruption(make, tmp_path, uninterrupted, stop):
+    first = run(make(), tmp_path, save=tmp_path / "a.ckpt", max_steps=stop)
+    rest = run(make(), tmp_path, ckpt_path=tmp_path / "a.ckpt", max_steps=14)
+    assert first + rest == uninterrupted
+
+
+def test_second_interruption(make, tmp_path, uninterrupted):
+    seen = run(make(), tmp_path, save=tmp_path / "a.ckpt", max_steps=2)
+    seen += run(make(), tmp_path, ckpt_path=tmp_path / "a.ckpt", save=tmp_path / "b.ckpt", max_steps=8)
+    seen += run(make(), tmp_path, ckpt_path=tmp_path / "b.ckpt", max_steps=14)
+    assert seen == uninterrupted
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 0), (0, 2), (2, 1)])
+def test_number_of_workers_may_change(make, tmp_path, uninterrupted, before, after):
+    first = run(make(num_workers=before), tmp_path, save=tmp_path / "a.ckpt", max_steps=8)
+    rest = run(make(num_workers=after), tmp_path, ckpt_path=tmp_path / "a.ckpt", max_steps=14)
+    assert first + rest == uninterrupted
+
+
+def test_checkpoints_of_callbacks(make, tmp_path, uninterrupted):
+    """Written after a step, after validation within an epoch, and at the end of an epoch."""
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    for number, options in enumerate([{"every_n_train_steps": 4}, {"every_n_epochs": 1}]):
+        folder = tmp_path / str(number)
+        saver = ModelCheckpoint(folder, filename="{step}", save_top_k=-1, auto_insert_metric_name=False, **options)
+        trainer = Trainer(
+            accelerator="cpu",
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            max_steps=11,
+            max_epochs=-1,
+            val_check_interval=2,
+            callbacks=[saver],
+        )
+        trainer.fit(Recorder(), datamodule=make(val_split="train[:3]"))
+        checkpoints = sorted(folder.glob("*.ckpt"))
+        assert len(checkpoints) == 2
+        for checkpoint in checkpoints:
+            rest = run(make(), tmp_path, ckpt_path=checkpoint, max_steps=14)
+            assert rest == uninterrupted[int(checkpoint.stem) :]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("options", [{}, {"limit_train_batches": 3}])
+def test_streams_continue(make, tmp_path, workers, options):
+    """Without a length the trainer fetches one batch ahead; it must not be lost."""
+    stream = {"streaming": True, "shuffle_buffer": 7, "num_workers": workers}
+    whole = run(make(**stream), tmp_path, max_steps=14, **options)
+    assert len({tuple(rows) for _, rows in whole}) == 14
+    for stop in (2, 5, 7):
+        first = run(make(**stream), tmp_path, save=tmp_path / "a.ckpt", max_steps=stop, **options)
+        rest = run(make(streaming=True, shuffle_buffer=7), tmp_path, ckpt_path=tmp_path / "a.ckpt", max_steps=14, **options)
+        assert first + rest == whole
+
+
+def test_streams_keep_order_and_drop_the_same_rows(write, words):
+    path = write([{"prompt": "a b c" if number % 5 == 0 else "a", "number": number} for number in range(20)])
+    expected = [number for number in range(20) if number % 5]
+    for workers in (0, 2):
+        data = PromptData(
+            path,
+            words,
+            max_prompt_length=2,
+            keep_columns=["number"],
+            streaming=True,
+            shuffle_buffer=0,
+            num_workers=workers,
+            batch_size=3,
+            val_split="train",
+            limit_val=4,
+        )
+        data.setup("fit")
+        loader = data.train_dataloader()
+        got = [row for batch in loader for row in batch["columns"]["number"]]
+        assert got == expected[:15]
+        assert [batch["columns"]["number"] for batch in loader] == [expected[k : k + 3] for k in range(0, 15, 3)]
+        data.setup("validate")
+        assert [batch["columns"]["number"] for batch in data.val_dataloader()] == [[1, 2, 3]]
+
+
+def test_streams_have_no_stages(write, words):
+    with pytest.raises(ValueError, match=r"data\.stage_fractions: a stream has no length"):
+        PromptData(write(ROWS), words, streaming=True, stage_fractions=[1.0])
+
+
+def test_two_loaders_in_one_step(make, write, words, tmp_path):
+    texts = write([{"text": letter} for letter in "abcdefg"], "texts.jsonl")
+
+    def data():
+        return PromptsWithText(
+            make(), InstructionData(texts, words, prompt_column=None, completion_column="text", batch_size=2)
+        )
+
+    whole = run(data(), tmp_path, max_steps=9)
+    for stop in (2, 3, 4, 7):
+        first = run(data(), tmp_path, save=tmp_path / "a.ckpt", max_steps=stop)
+        assert first + run(data(), tmp_path, ckpt_path=tmp_path / "a.ckpt", max_steps=9) == whole
+
+
+def test_overfitting_on_few_batches(make, tmp_path):
+    seen = run(make(), tmp_path, max_steps=4, overfit_batches=2)
+    assert [rows for _, rows in seen[:2]] == [rows for _, rows in seen[2:]]
+
+
+class TwoRanks(Recorder):
+    """Writes what each rank saw."""
+
+    def __init__(self, folder):
+        super().__init__()
+        self.folder = folder
+
+    def on_train_end(self):
+        path = self.folder / f"rank{self.global_rank}.json"
+        path.write_text(json.dumps([self.seen, self.evaluated]))
+
+
+def two_ranks(data, folder, ckpt_path=None, save=None, **options):
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=2,
+        strategy="ddp_fork",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        default_root_dir=folder,
+        max_epochs=-1,
+        num_sanity_val_steps=0,
+        **options,
+    )
+    trainer.fit(TwoRanks(folder), datamodule=data, ckpt_path=ckpt_path)
+    if save is not None:
+        trainer.save_checkpoint(save)
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
+
+
+def test_two_ranks(write, words, tmp_path, uninterrupted):
+    """The same global batches as on one rank, exact resume, and every validation row once."""
+
+    def data(workers=0):
+        return PromptData(
+            path, words, keep_columns=["number"], batch_size=2, val_split="train", num_workers=workers
+        )
+
+    path = write(ROWS)
+    (first, evaluated), (second, more) = two_ranks(
+        data(), tmp_path, save=tmp_path / "a.ckpt", max_steps=8, check_val_every_n_epoch=1
+    )
+    assert sorted(evaluated + more) == list(range(23))
+    (third, _), (fourth, _) = two_ranks(data(2), tmp_path, ckpt_path=tmp_path / "a.ckpt", max_steps=14)
+    for (epoch, left), (_, right), (expected_epoch, expected) in zip(
+        first + third, second + fourth, uninterrupted, strict=True
+    ):
+        assert epoch == expected_epoch
+        assert [left[0], right[0], left[1], right[1]] == expected
+
+
+# without a trainer
+
+
+def pretend_ranks(monkeypatch, rank, world):
+    monkeypatch.setattr("datamodules.loaders.rank_and_world", lambda: (rank, world))
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_global_batches_do_not_depend_on_the_ranks(monkeypatch, world):
+    def batches(rank, world):
+        pretend_ranks(monkeypatch, rank, world)
+        loader = train_loader(list(range(21)), 8 // world, seed=3)
+        return [batch.tolist() for batch in loader]
+
+    parts = [batches(rank, world) for rank in range(world)]
+    together = [sorted(sum(batch, [])) for batch in zip(*parts, strict=True)]
+    assert together == [sorted(batch) for batch in batches(0, 1)]
+    assert len(together) == 2
+
+
+@pytest.mark.parametrize("rows", [1, 3, 5])
+def test_fewer_rows_than_a_batch(monkeypatch, rows):
+    assert [sorted(batch.tolist()) for batch in train_loader(list(range(rows)), 8, 0)] == [list(range(rows))]
+    sizes = []
+    for rank in range(2):
+        pretend_ranks(monkeypatch, rank, 2)
+        sizes.append([len(batch) for batch in train_loader(list(range(rows)), 8, 0)])
+    assert sizes[0] == sizes[1] == [(rows + 1) // 2]
+
+
+@pytest.mark.parametrize("rows", [0, 1, 5, 8])
+def test_evaluation_gives_every_row_once(monkeypatch, rows):
+    seen = []
+    for rank in range(3):
+        pretend_ranks(monkeypatch, rank, 3)
+        sampler = EvaluationSampler(range(rows))
+        assert len(list(sampler)) == len(sampler)
+        seen += [int(row) for batch in evaluation_loader(list(range(rows)), 2) for row in batch]
+    assert sorted(seen) == list(range(rows))
+
+
+def test_passes_within_an_epoch_differ_and_an_abandoned_one_is_left():
+    loader = train_loader(list(range(8)), 2, seed=0)
+    first = [batch.tolist() for batch in loader]
+    second = [batch.tolist() for batch in loader]
+    assert first != second
+    next(iter(loader))
+    assert loader.state_dict() == {"epoch": 0, "pass": 2, "batches": 1}
+    assert len(list(loader)) == 4
+    assert loader.state_dict() == {"epoch": 0, "pass": 4, "batches": 0}
+    loader.sampler.set_epoch(1)
+    assert loader.state_dict() == {"epoch": 1, "pass": 0, "batches": 0}
+
+
+def test_state_of_a_loader():
+    loader = train_loader(list(range(10)), 2, seed=0)
+    loader.sampler.set_epoch(3)
+    batches = iter(loader)
+    next(batches), next(batches)
+    other = train_loader(list(range(10)), 2, seed=0, num_workers=1)
+    other.load_state_dict(loader.state_dict())
+    other.sampler.set_epoch(3)
+    assert len(other) == len(loader) == 5
+    assert [batch.tolist() for batch in other] == [batch.tolist() for batch in batches]
+
+
+def test_order_without_shuffling():
+    assert list(ResumableSampler(range(5), 2, shuffle=False)) == [0, 1, 2, 3]
+
+
+def test_loader_leaves_the_global_generator_alone():
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    list(train_loader(list(range(4)), 2, seed=0))
+    list(evaluation_loader(list(range(4)), 2))
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_loader_without_a_position():
+    loader = ResumableLoader(list(range(4)), 2)
+    assert isinstance(loader, DataLoader)
+    assert loader.state_dict() == {}
+    loader.load_state_dict({})
+    assert len(list(loader)) == 2
+
+
+def test_position_within_its_epoch():
+    position = Position()
+    position.batches = 2
+    position.set_epoch(0)
+    assert position.batches == 2
+    position.begin()
+    assert (position.pass_, position.batches) == (1, 0)
