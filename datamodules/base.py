@@ -1,5 +1,6 @@
 """Base class of the data modules."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any, Literal, TypeAlias
 
@@ -43,6 +44,7 @@ class LitData(LightningDataModule):
         self.val_batch_size = val_batch_size or batch_size
         self.num_workers, self.seed = num_workers, seed
         self.datasets: dict[Split, Any] = {}
+        self.allow_zero_length_dataloader_with_multiple_devices = True  # fewer rows to evaluate than ranks
 
     def build(self, split: Split) -> Any:  # noqa: ANN401
         """Build the data set of one split.
@@ -86,7 +88,10 @@ class LitData(LightningDataModule):
     def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
         """Loader of the validation rows; none while fitting without a validation split."""
         fitting = self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
-        return [] if fitting and "val" not in self.datasets else self._evaluation("val")
+        if not fitting or "val" in self.datasets:
+            return self._evaluation("val")
+        warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")
+        return []
 
     def test_dataloader(self) -> DataLoader[Any]:
         """Loader of the test rows."""

@@ -339,12 +339,11 @@ def plain(value: Any) -> Any:  # noqa: ANN401
     if isinstance(value, (torch.dtype, Path)):
         return str(value).removeprefix("torch.")
     if isinstance(value, functools.partial):
-        return {
-            "class_path": _path(value.func),
-            "init_args": {name: plain(item) for name, item in value.keywords.items()},
-        }
+        # jsonargparse hides the class among the arguments of its own function.
+        factory = next((item for item in value.args if isinstance(item, type)), value.func)
+        return {"class_path": _path(factory), "init_args": plain(_defaults(factory) | value.keywords)}
     if isinstance(value, type):
-        return {"class_path": _path(value)}
+        return {"class_path": _path(value), "init_args": plain(_defaults(value))}
     if hasattr(value, "plain"):
         return value.plain()
     if dataclasses.is_dataclass(value):
@@ -357,6 +356,12 @@ def plain(value: Any) -> Any:  # noqa: ANN401
         f"{type(value).__name__} can't be saved in a checkpoint's hyperparameters; pass a recipe from lit_models.backbones, "
         "a dataclass, or a class with functools.partial"
     )
+
+
+def _defaults(factory: Any) -> dict[str, Any]:  # noqa: ANN401
+    """Scalar defaults of a factory; left unsaid, a CLI would fill them with those of the module's default class."""
+    parameters = inspect.signature(factory).parameters.values()
+    return {item.name: item.default for item in parameters if isinstance(item.default, (bool, int, float, str, tuple))}
 
 
 def _path(value: Any) -> str:  # noqa: ANN401

@@ -106,6 +106,15 @@ def test_module_of_a_loaded_checkpoint_saves_and_loads_again(sft, batches, quiet
     assert_same(weights(loaded), weights(second.lightning_module))
 
 
+def test_optimizer_keeps_its_own_defaults(tiny_lm, batches, quiet_trainer, tmp_path):
+    module = LitSFT(FromPretrained(str(tiny_lm)), str(tiny_lm), optimizer=partial(torch.optim.SGD, lr=0.1))
+    trainer = quiet_trainer(max_steps=1)
+    trainer.fit(module, batches)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    loaded = LitBase.load_from_checkpoint(tmp_path / "a.ckpt").configure_optimizers()
+    assert loaded.defaults == module.configure_optimizers().defaults  # no weight decay of AdamW
+
+
 def test_nested_recipes_come_back(tiny_reward, quiet_trainer, tmp_path):
     backbone = FromPretrained(str(tiny_reward), lora=LoRA(r=2, targets=["q_proj"]))
     module = LitRewardModel(backbone, str(tiny_reward), loss=RewardLoss("per_token"))
@@ -154,11 +163,13 @@ def test_checkpoint_of_another_model_is_refused(
 
 def test_plain_form_of_arguments():
     assert plain({"a": (1, None, "x"), "b": torch.float32}) == {"a": [1, None, "x"], "b": "float32"}
-    assert plain(torch.optim.AdamW) == {"class_path": "torch.optim.adamw.AdamW"}
-    assert plain(functools.partial(torch.optim.SGD, lr=0.1)) == {
-        "class_path": "torch.optim.sgd.SGD",
-        "init_args": {"lr": 0.1},
+    assert plain(functools.partial(WarmupCosine, total=3)) == {
+        "class_path": "lit_models.nn.schedules.WarmupCosine",
+        "init_args": {"total": 3, "warmup": 0, "floor": 0.0},
     }
+    optimizer = plain(torch.optim.AdamW)
+    assert optimizer["class_path"] == "torch.optim.adamw.AdamW"
+    assert optimizer["init_args"]["betas"] == [0.9, 0.999]
     assert plain(LoRA(r=2)) == {"r": 2, "alpha": 32, "dropout": 0.0, "targets": "all-linear"}
     assert plain(FromPretrained("x"))["class_path"] == "lit_models.backbones.FromPretrained"
     with pytest.raises(TypeError, match="Linear can't be saved"):

@@ -32,7 +32,7 @@ def test_template_with_unknown_column():
 
 
 def test_missing_field_of_a_record():
-    with pytest.raises(ValueError, match="no field 'txt' of column 'answer.txt'"):
+    with pytest.raises(ValueError, match=r"no field 'txt' of column 'answer\.txt'"):
         TemplateFormat({"prompt": "answer.txt"})({"answer": {"text": "So."}})
 
 

@@ -98,7 +98,7 @@ def test_missing_column(write, streaming):
     require_columns(rows, {"data.prompt_column": "prompt"})
     with pytest.raises(
         ValueError,
-        match=r"data\.prompt_column: there is no column 'promt'; the nearest name is 'prompt'; the columns are prompt, s",
+        match=r"data\.prompt_column: there is no column 'promt'; the nearest name is 'prompt'; the columns are prompt",
     ):
         require_columns(rows, {"data.prompt_column": "promt"})
 

@@ -96,7 +96,7 @@ def test_empty_answer(write, words, side):
 
 
 def test_empty_answer_of_a_known_data_set(write, words):
-    with pytest.raises(ValueError, match="data.format: hh: the chosen text of row 0 is empty"):
+    with pytest.raises(ValueError, match=r"data\.format: hh: the chosen text of row 0 is empty"):
         PreferenceData(write([{**PAIRS[1], "chosen": ""}]), words, format="hh").setup("fit")
 
 
@@ -124,7 +124,7 @@ def test_loss_as_in_the_official_code(write, words):
 
 def test_prompt_that_fills_everything(write, words):
     data = InstructionData(write(DEMONSTRATIONS), words, max_length=3)
-    with pytest.warns(UserWarning, match="dropped 1 of 2 rows whose prompt alone fills data.max_length=3"):
+    with pytest.warns(UserWarning, match=r"dropped 1 of 2 rows whose prompt alone fills data\.max_length=3"):
         assert batch(data)["labels"].tolist() == [[-100, -100, 5]]
 
 
@@ -152,7 +152,9 @@ def test_special_tokens_come_once(words, words_without_bos):
 
 
 def test_missing_column_names_the_key(write, words):
-    with pytest.raises(ValueError, match=r"data\.chosen_column: there is no column 'choosen'.*nearest name is 'chosen'"):
+    with pytest.raises(
+        ValueError, match=r"data\.chosen_column: there is no column 'choosen'.*nearest name is 'chosen'"
+    ):
         PreferenceData(write(PAIRS), words, chosen_column="choosen").setup("fit")
     with pytest.raises(ValueError, match=r"data\.keep_columns\[0\]: there is no column 'idd'"):
         PromptData(write(PAIRS), words, keep_columns=["idd"]).setup("fit")

@@ -41,6 +41,24 @@ def test_chunks_change_neither_values_nor_gradients(chunk_tokens):
         torch.testing.assert_close(cut, whole, rtol=1e-6, atol=1e-6)
 
 
+def test_chunks_keep_no_float32_logits_for_the_backward_pass():
+    logits, ids = noise(3, 7, 11).bfloat16().requires_grad_(), torch.zeros(3, 7, dtype=torch.long)
+
+    def kept(chunk_tokens):
+        saved = []
+
+        def keep(tensor):
+            saved.append(tensor)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            F.gather_logprobs(logits, ids, 0.8, chunk_tokens)
+        return sum(tensor.numel() for tensor in saved if tensor.dtype == torch.float32)
+
+    assert kept(1000) >= logits.numel()
+    assert kept(4) == 0
+
+
 def test_logprobs_of_bfloat16_are_float32():
     logits, ids = noise(2, 3, 9).bfloat16(), torch.zeros(2, 3, dtype=torch.long)
     logprobs = F.gather_logprobs(logits, ids)
@@ -244,7 +262,7 @@ def split_reduce(parts, function):
         for part in parts:
             replies = iter(sums)
 
-            def all_reduce(tensor, replies=replies):
+            def all_reduce(tensor, replies=replies, requests=requests):
                 reply = next(replies, None)
                 if reply is None:
                     requests.append(tensor)

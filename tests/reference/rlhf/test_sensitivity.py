@@ -7,12 +7,22 @@ import pytest
 
 from ..loading import load
 from . import checks
+from . import test_data_vectors as data_checks
+
+
+def _check_data_and_misc(data: dict) -> None:
+    checks.check_misc(data)
+    data_checks.test_left_padding(data)
+    data_checks.test_stage_split(data)
+    data_checks.test_formats(data)
+
 
 CHECKS = {
     "kl_rewards": checks.check_kl_rewards,
     "token_ppo": checks.check_token_ppo,
     "reward_model": checks.check_reward_model,
-    "data_and_misc": checks.check_misc,
+    "data_and_misc": _check_data_and_misc,
+    "ultrafeedback_format": lambda data: data_checks.test_ultrafeedback(lambda _: data),
 }
 # Results are compared one by one. Inputs are altered as whole rows only, because single ones may have no effect by
 # definition: padding, prompt columns, scores beyond the clip, ratios and values beyond the clip.
@@ -31,12 +41,16 @@ INPUTS = {
     "valid_lens",
     "values",
 }
-# Parts of the file that are no numbers of a formula; they have their own exact tests next to the data modules.
-ELSEWHERE = {"left_pad_collator", "prompt_formats", "split_index"}
-# Only where the text ends matters here, and neither a full row nor the column to search from decides that.
 WITHOUT_EFFECT = {
+    # Only where the text ends matters here, and neither a full row nor the column to search from decides that.
     ("reward_model", "forward_value", 0, "prompt_length"),
     ("reward_model", "forward_value", 0, "input_ids", 0),
+    # An answer is the content of the last message; roles and earlier messages are not read.
+    *(
+        ("ultrafeedback_format", "sample", side, *key)
+        for side in ("chosen", "rejected")
+        for key in ((0, "role"), (0, "content"), (1, "role"))
+    ),
 }
 # 1 % of smaller numbers is within the tolerance of 1e-5.
 SMALLEST = 2e-3
@@ -47,13 +61,12 @@ def _numbers(node: object) -> bool:
 
 
 def _rows(node: object, path: tuple = ()) -> Iterator[tuple]:
-    """Paths of the single numbers and of the innermost lists of numbers."""
-    if _numbers(node) or (isinstance(node, list) and node and all(map(_numbers, node))):
+    """Paths of the texts, of the single numbers and of the innermost lists of numbers."""
+    if isinstance(node, str) or _numbers(node) or (isinstance(node, list) and node and all(map(_numbers, node))):
         yield path
     elif isinstance(node, (dict, list)):
         for key, value in node.items() if isinstance(node, dict) else enumerate(node):
-            if key not in ELSEWHERE:
-                yield from _rows(value, (*path, key))
+            yield from _rows(value, (*path, key))
 
 
 def _get(data: object, path: tuple) -> object:
@@ -63,11 +76,13 @@ def _get(data: object, path: tuple) -> object:
 
 
 def _altered(data: object, path: tuple) -> object:
-    """Copy with the number or the row at `path` changed: floats by 1 %, integers by 1."""
+    """Copy with the value or the row at `path` changed: floats by 1 %, integers by 1, texts by one letter."""
 
     def change(value: object) -> object:
         if isinstance(value, list):
             return [change(entry) for entry in value]
+        if isinstance(value, str):
+            return value + "x"
         return value * 1.01 if isinstance(value, float) else value + 1
 
     data = copy.deepcopy(data)
@@ -75,19 +90,17 @@ def _altered(data: object, path: tuple) -> object:
     return data
 
 
-def _is_zero_row(row: object) -> bool:
-    return not any(row) if isinstance(row, list) else row == 0
-
-
 def _cases(kind: type) -> list:
+    """Float rows and numbers, or everything else; without rows of zeros, which 1 % does not change."""
     cases = []
     for name in CHECKS:
         data = load("rlhf", name)
         for path in _rows(data):
             row = _get(data, path)
-            has_float = any(isinstance(value, float) for value in (row if isinstance(row, list) else [row]))
-            ineffective = (has_float and _is_zero_row(row)) or (name, *path) in WITHOUT_EFFECT
-            if has_float == (kind is float) and not ineffective:
+            values = row if isinstance(row, list) else [row]
+            is_float = any(isinstance(value, float) for value in values)
+            ineffective = (is_float and not any(values)) or (name, *path) in WITHOUT_EFFECT
+            if is_float == (kind is float) and not ineffective:
                 cases.append(pytest.param(name, path, id=f"{name}:{'.'.join(map(str, path))}"))
     return cases
 
@@ -105,8 +118,8 @@ def test_one_percent_fails(name, path):
                     CHECKS[name](_altered(data, (*path, column)))
 
 
-@pytest.mark.parametrize(("name", "path"), _cases(int))
-def test_other_integer_fails(name, path):
+@pytest.mark.parametrize(("name", "path"), _cases(object))
+def test_other_integer_or_text_fails(name, path):
     # Other lengths and ids may also lead to columns that do not exist, or to pairs without a common prompt.
     with pytest.raises((AssertionError, IndexError, RuntimeError, ValueError)):
         CHECKS[name](_altered(load("rlhf", name), path))
