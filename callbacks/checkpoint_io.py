@@ -8,16 +8,18 @@ import torch
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-SUFFIX = ".part"
+# Trainers look for checkpoints by parts of their names, so a draft must not carry the name of what it will be.
+DRAFT = ".unfinished-"
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint beside its final name and moves it there when it is complete and on the disk.
 
-    A process killed while writing, or a full disk, leaves the previous checkpoint as it was.
+    A process killed while writing, or a full disk, leaves the previous checkpoint as it was. What a killed process
+    left behind is removed when the next checkpoint is written to the same folder.
 
     Note:
-        Only local paths; others are written by Lightning as usual.
+        Only local paths; others are written by Lightning as usual. Two runs must not write to one folder.
 
     Example::
 
@@ -30,30 +32,43 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         Args:
             checkpoint: what to write.
             path: final name.
-            storage_options: not supported by this plugin.
+            storage_options: not supported for local paths.
 
         Raises:
             OSError: if the file can't be written; the message says that the previous checkpoint is intact.
         """
-        if "://" in str(path):
+        if "://" in str(path) or storage_options is not None:
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        draft = target.with_name(target.name + SUFFIX)
+        draft = target.with_name(f"{DRAFT}{os.getpid()}")
         try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            for left_behind in target.parent.glob(f"{DRAFT}*"):
+                left_behind.unlink()
             with draft.open("wb") as file:
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-            draft.unlink(missing_ok=True)
+            os.replace(draft, target)
+            _sync_folder(target.parent)
+        except (OSError, RuntimeError) as error:
+            reason = _disk_error(error)
+            if reason is None:
+                raise
             raise OSError(
-                f"the checkpoint {target} could not be written ({error}); checkpoints written before are intact, free some "
-                "space and resume with --ckpt_path last"
+                f"the checkpoint {target} could not be written ({reason}); checkpoints written before are intact, "
+                "free some space and resume with --ckpt_path last"
             ) from error
-        os.replace(draft, target)
-        _sync_folder(target.parent)
+        finally:
+            draft.unlink(missing_ok=True)
+
+
+def _disk_error(error: BaseException | None) -> OSError | None:
+    """The failed write behind an error; torch reports one as a RuntimeError of its own."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__context__
+    return error
 
 
 def _sync_folder(folder: Path) -> None:

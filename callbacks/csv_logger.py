@@ -8,22 +8,29 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
+
+Row = dict[str, Any]
+WHOLE_NUMBERS = ("step", "epoch")
 
 
 class AppendingCSVLogger(Logger):
-    """Writes `metrics.csv` and `hparams.yaml`; a resumed run goes on in the same file.
+    """Writes `metrics.csv`, one row per step, and `hparams.yaml`; a resumed run goes on in the same file.
 
-    Rows from the first step of the resumed run on are dropped, so that no step appears twice. Lightning's own logger
-    deletes what was there.
+    Rows after the step that a resumed run logs first are dropped, so that no step appears twice. A run that starts
+    anew begins a new file. Lightning's own logger deletes what was there in either case.
 
     Args:
         save_dir: folder of the files.
-        flush_every: rows kept in memory before they are written.
+        flush_every: rows kept in memory before they are written; all are written with every checkpoint and at the end.
 
     Note:
-        A new column rewrites the file once; a row costs constant time otherwise.
+        A new column rewrites the file once; a row costs constant time otherwise. A process that only evaluates knows
+        no step, so it writes `test.csv` or `validate.csv` and leaves `metrics.csv` alone.
 
     Example::
 
@@ -33,9 +40,15 @@ class AppendingCSVLogger(Logger):
     def __init__(self, save_dir: str, flush_every: int = 20) -> None:
         super().__init__()
         self._folder = Path(save_dir)
+        self._file = "metrics.csv"
         self.flush_every = flush_every
-        self._columns: list[str] | None = None
-        self._pending: list[dict[str, float]] = []
+        self._begin(anew=False)
+
+    def _begin(self, anew: bool) -> None:
+        self._anew = anew
+        self._columns: list[str] | None = None  # of the file, once it was opened
+        self._rows: list[Row] = []  # to be written; the last one still takes values of its step
+        self._end = 0  # bytes of the file that need not be written again
 
     @property
     def name(self) -> str:
@@ -60,7 +73,7 @@ class AppendingCSVLogger(Logger):
     @property
     def path(self) -> Path:
         """The CSV file."""
-        return self._folder / "metrics.csv"
+        return self._folder / self._file
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
@@ -74,50 +87,79 @@ class AppendingCSVLogger(Logger):
         (self._folder / "hparams.yaml").write_text(yaml.safe_dump(plain, default_flow_style=False))
 
     @rank_zero_only
+    def log_graph(self, model: LightningModule, input_array: Tensor | None = None) -> None:
+        """Choose the file, since this is where a logger meets the trainer, before anything is logged."""
+        trainer = model.trainer
+        fits = trainer.state.fn == "fit"
+        if self._columns is not None and not fits:
+            return  # an evaluation after training knows its step
+        self.flush()
+        self._file = "metrics.csv" if fits or trainer.state.fn is None else f"{trainer.state.fn.value}.csv"
+        self._begin(anew=fits and not trainer.ckpt_path and trainer.global_step == 0)
+
+    @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Add a row; values logged for the same step as the row before are joined to it."""
-        row = {"step": float(step or 0), **{name: float(value) for name, value in metrics.items()}}
-        if self._pending and self._pending[-1]["step"] == row["step"]:
-            self._pending[-1].update(row)
-            return
-        if len(self._pending) >= self.flush_every:
-            self.save()
-        self._pending.append(row)
+        """Add values to the row of a step."""
+        step = step or 0
+        if self._columns is None:
+            self._open(step)
+        if not self._rows or int(self._rows[-1]["step"]) != step:
+            self._rows.append({"step": step})
+        for name, value in metrics.items():
+            self._rows[-1][name] = int(value) if name in WHOLE_NUMBERS else float(value)
 
     @rank_zero_only
     def save(self) -> None:
-        """Write the rows kept in memory."""
-        if not self._pending:
-            return
-        self._folder.mkdir(parents=True, exist_ok=True)
-        if self._columns is None:
-            self._continue(self._pending[0]["step"])
-        assert self._columns is not None
-        new = [name for row in self._pending for name in row if name not in self._columns]
-        if new:
-            self._rewrite(list(dict.fromkeys([*self._columns, *new])), self._read())
-        with self.path.open("a", newline="") as file:
-            csv.DictWriter(file, self._columns, restval="").writerows([_written(row) for row in self._pending])
-        self._pending.clear()
+        """Write the rows kept in memory, if they are many; the trainer calls this after every value."""
+        if len(self._rows) > self.flush_every:
+            self.flush()
+
+    @rank_zero_only
+    def after_save_checkpoint(self, checkpoint_callback: Checkpoint) -> None:
+        """Write all rows, since a run resumed from this checkpoint won't log them again."""
+        self.flush()
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
         """Write what is left."""
-        self.save()
+        self.flush()
 
-    def _continue(self, step: float) -> None:
-        """Take over an earlier file up to the step that is logged next."""
-        rows = [row for row in self._read() if float(row["step"]) < step]
-        columns = list(rows[0]) if rows else ["step"]
-        self._rewrite(columns, rows)
+    @rank_zero_only
+    def flush(self) -> None:
+        """Write all rows; the last one is written again when its step gets more values."""
+        if not self._rows:
+            return
+        assert self._columns is not None
+        new = [name for row in self._rows for name in row if name not in self._columns]
+        if new:
+            with self.path.open("r+") as file:
+                file.truncate(self._end)
+            self._rewrite(list(dict.fromkeys([*self._columns, *new])), self._read())
+        with self.path.open("r+", newline="") as file:
+            file.seek(self._end)
+            writer = csv.DictWriter(file, self._columns, restval="")
+            writer.writerows(self._rows[:-1])
+            self._end = file.tell()
+            writer.writerow(self._rows[-1])
+            file.truncate()
+        del self._rows[:-1]
 
-    def _read(self) -> list[dict[str, str]]:
+    def _open(self, step: int) -> None:
+        """Take over an earlier file up to the step that is logged first."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        rows = [] if self._anew else [row for row in self._read() if int(row["step"]) <= step]
+        if rows and int(rows[-1]["step"]) == step:
+            self._rows.append({name: value for name, value in rows.pop().items() if value != ""})
+        self._rewrite(list(rows[0]) if rows else ["step"], rows)
+
+    def _read(self) -> list[Row]:
         if not self.path.is_file():
             return []
         with self.path.open(newline="") as file:
-            return list(csv.DictReader(file))
+            rows = list(csv.DictReader(file))
+        return [row for row in rows if None not in row.values()]  # a killed process may leave half a row
 
-    def _rewrite(self, columns: list[str], rows: list[dict[str, str]]) -> None:
+    def _rewrite(self, columns: list[str], rows: list[Row]) -> None:
         draft = self.path.with_suffix(".part")
         with draft.open("w", newline="") as file:
             writer = csv.DictWriter(file, columns, restval="")
@@ -125,7 +167,4 @@ class AppendingCSVLogger(Logger):
             writer.writerows(rows)
         os.replace(draft, self.path)
         self._columns = columns
-
-
-def _written(row: dict[str, float]) -> dict[str, float | int]:
-    return {name: int(value) if name in ("step", "epoch") else value for name, value in row.items()}
+        self._end = self.path.stat().st_size

@@ -2,42 +2,74 @@
 
 import random
 import warnings
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, distributed
 
 
-def random_state() -> dict[str, Any]:
-    """States of the generators of Python, NumPy and torch on this process, as tensors and plain lists."""
-    version, words, gauss = random.getstate()
-    _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    return {
-        "python": [version, list(words), gauss],
-        "numpy": [torch.from_numpy(np.asarray(keys, dtype=np.int64)), int(position), int(has_gauss), float(cached)],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
+@dataclass
+class RandomState:
+    """States of the generators of Python, NumPy, torch and the process's CUDA device."""
 
+    python: Any
+    numpy: Any
+    torch: Tensor
+    cuda: Tensor | None
 
-def set_random_state(state: dict[str, Any]) -> None:
-    """Restore what `random_state` returned."""
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
-    keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), position, has_gauss, cached))
-    torch.set_rng_state(state["torch"].cpu())
-    if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([item.cpu() for item in state["cuda"]])
+    @classmethod
+    def now(cls) -> "RandomState":
+        """The present states of this process."""
+        cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+        return cls(random.getstate(), np.random.get_state(legacy=True), torch.get_rng_state(), cuda)
+
+    def restore(self) -> None:
+        """Set the generators of this process."""
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)
+        torch.set_rng_state(self.torch)
+        if self.cuda is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(self.cuda)
+
+    def plain(self) -> dict[str, Any]:
+        """Tensors, numbers and lists only, so that `torch.load(weights_only=True)` reads them."""
+        version, words, gauss = self.python
+        _, keys, position, has_gauss, cached = self.numpy
+        return {
+            "python": [version, list(words), gauss],
+            "numpy": [torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(cached)],
+            "torch": self.torch,
+            "cuda": self.cuda,
+        }
+
+    @classmethod
+    def from_plain(cls, state: dict[str, Any]) -> "RandomState":
+        """The states that `plain` gave."""
+        version, words, gauss = state["python"]
+        keys, *rest = state["numpy"]
+        cuda = state["cuda"]
+        return cls(
+            python=(version, tuple(words), gauss),
+            numpy=("MT19937", keys.cpu().numpy().astype(np.uint32), *rest),
+            torch=state["torch"].cpu(),
+            cuda=None if cuda is None else cuda.cpu(),
+        )
 
 
 class RNGState(Callback):
-    """Saves the random states of every process and restores them before the first batch after a resume.
+    """Saves the random states of every process, so that a resumed run draws the numbers the whole run would have drawn.
+
+    Training batches have a random stream of their own: the states that a batch leaves behind are those the next one
+    finds. What is drawn in between (by validation, by loaders as they start, by other callbacks) comes from a second
+    stream, and so changes nothing in training. Checkpoints hold both streams of each process. A checkpoint written
+    after a batch, in the middle of an epoch, after validation or at an epoch's end resumes bitwise.
 
     Note:
-        With another number of processes than the checkpoint was written by, the states are not restored.
+        Random numbers of data loading are the loader's own affair. With another number of processes than the
+        checkpoint was written by, nothing is restored, with a warning.
 
     Example::
 
@@ -45,31 +77,50 @@ class RNGState(Callback):
     """
 
     def __init__(self) -> None:
-        self._loaded: list[dict[str, Any]] | None = None
+        self._training: RandomState | None = None
+        self._between: RandomState | None = None
+        self._loaded: list[dict[str, Any]] = []
 
-    def state_dict(self) -> dict[str, Any]:
-        """States of all processes, by rank; collective."""
-        own = random_state()
-        if not (dist.is_available() and dist.is_initialized()):
-            return {"ranks": [own]}
-        gathered: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, own)
-        return {"ranks": gathered}
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:  # noqa: ANN401
+        """Go to the training stream; the first time after a resume, to the streams of the checkpoint."""
+        loaded, self._loaded = self._loaded, []
+        if len(loaded) == trainer.world_size:
+            own = loaded[trainer.global_rank]
+            self._training, self._between = (RandomState.from_plain(own[name]) for name in ("training", "between"))
+        else:
+            if loaded and trainer.is_global_zero:
+                warnings.warn(
+                    f"random states are not restored, since the checkpoint holds those of {len(loaded)} processes and "
+                    f"this run has {trainer.world_size}",
+                    stacklevel=2,
+                )
+            self._between = RandomState.now()
+        if self._training is not None:
+            self._training.restore()
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,  # noqa: ANN401
+        batch: Any,  # noqa: ANN401
+        batch_idx: int,
+    ) -> None:
+        """Leave the training stream."""
+        self._training = RandomState.now()
+        if self._between is not None:
+            self._between.restore()
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Add the streams of all processes to this callback's state; collective, as is saving itself."""
+        between = RandomState.now()
+        own = {"training": (self._training or between).plain(), "between": between.plain()}
+        ranks: list[Any] = [own]
+        if trainer.world_size > 1:
+            ranks = [None] * trainer.world_size
+            distributed.all_gather_object(ranks, own)
+        checkpoint["callbacks"][self.state_key] = {"ranks": ranks}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the states until the first batch."""
         self._loaded = state_dict["ranks"]
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:  # noqa: ANN401
-        """Restore the states once, after everything else that draws random numbers at the start."""
-        if self._loaded is None:
-            return
-        if len(self._loaded) == trainer.world_size:
-            set_random_state(self._loaded[trainer.global_rank])
-        else:
-            warnings.warn(
-                f"random states are not restored: the checkpoint holds those of {len(self._loaded)} processes, this run "
-                f"has {trainer.world_size}",
-                stacklevel=2,
-            )
-        self._loaded = None

@@ -43,7 +43,8 @@ class SampleTable(Callback):
     def __init__(self, every_n_steps: int = 10, num_rows: int = 4, filename: str = "samples.jsonl") -> None:
         if every_n_steps < 1 or num_rows < 1:
             raise ValueError(
-                f"callbacks.SampleTable: every_n_steps and num_rows must be at least 1, got {every_n_steps} and {num_rows}"
+                f"callbacks.SampleTable: every_n_steps and num_rows must be at least 1, "
+                f"got {every_n_steps} and {num_rows}"
             )
         self.every_n_steps, self.num_rows, self.filename = every_n_steps, num_rows, filename
         self._batches = 0
@@ -70,9 +71,8 @@ class SampleTable(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write a table of the newest validation batch, while training."""
-        if trainer.training or trainer.state.fn == "fit":
-            if not trainer.sanity_checking:
-                self._write(trainer, pl_module)
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._write(trainer, pl_module)
 
     def state_dict(self) -> dict[str, int]:
         """The number of batches seen."""

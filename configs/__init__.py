@@ -1,0 +1,1 @@
+"""Shipped configuration files, found by `--config NAME` from any folder."""

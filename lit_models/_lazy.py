@@ -16,12 +16,12 @@ def attach(package: str, exports: dict[str, str]) -> tuple[Callable[[str], Any],
         The three module attributes, in that order.
     """
 
-    def __getattr__(name: str) -> Any:  # noqa: ANN401, N807
+    def __getattr__(name: str) -> Any:  # noqa: ANN401
         if name not in exports:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         return getattr(importlib.import_module(f"{package}.{exports[name]}"), name)
 
-    def __dir__() -> list[str]:  # noqa: N807
+    def __dir__() -> list[str]:
         return sorted(exports)
 
     return __getattr__, __dir__, sorted(exports)

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+import lit_models._compat  # noqa: F401  (must run before transformers models are imported)
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -166,7 +168,6 @@ class FromPretrained(Backbone):
         return model
 
     def _load(self, auto_class: str, **kwargs: Any) -> tuple["PreTrainedModel", dict[str, Any]]:  # noqa: ANN401
-        import lit_models._compat  # noqa: F401
         import transformers
 
         if self.attn is not None:
@@ -182,8 +183,8 @@ class FromPretrained(Backbone):
             )
         except OSError as error:
             raise ValueError(
-                f"name: {self.name!r} is neither a model on the hub nor a local folder with one; an earlier stage writes "
-                "such a folder with callbacks.ExportPretrained"
+                f"name: {self.name!r} is neither a model on the hub nor a local folder with one; an earlier stage "
+                "writes such a folder with callbacks.ExportPretrained"
             ) from error
         return loaded
 
@@ -209,7 +210,6 @@ class FromConfig(Backbone):
 
     def load(self) -> "PreTrainedModel":
         """Initialise the causal language model."""
-        from lit_models import _compat  # noqa: F401
         from transformers import AutoModelForCausalLM
 
         model: PreTrainedModel = AutoModelForCausalLM.from_config(self._config(), **self._options())
@@ -217,7 +217,6 @@ class FromConfig(Backbone):
 
     def load_scorer(self) -> "PreTrainedModel":
         """Initialise the scorer."""
-        from lit_models import _compat  # noqa: F401
         from transformers import AutoModelForSequenceClassification
 
         from lit_models.nn.scoring import init_score_head
@@ -295,7 +294,6 @@ class FromGGUF(Backbone):
 
     def load(self) -> "PreTrainedModel":
         """Load the causal language model."""
-        import lit_models._compat  # noqa: F401
         from transformers import AutoModelForCausalLM, GgufConfig
 
         path = self.path()

@@ -60,6 +60,8 @@ class LitBase(LightningModule):
 
     frozen: tuple[str, ...] = ()
     """Names of sub-modules that are neither trained nor saved, since their source gives them back."""
+    tokenizer: "PreTrainedTokenizerBase"
+    """Loaded in `configure_model` by methods on text."""
     ema_part = "net"
     """Name of the sub-module that `callbacks.EMA` averages unless told otherwise."""
 
@@ -202,7 +204,8 @@ class LitBase(LightningModule):
         missing = sorted(set(own) - set(state_dict))
         if unexpected and all(key.startswith("ema.") for key in unexpected) and not missing:
             raise CheckpointMismatchError(
-                "the checkpoint holds averaged weights (ema.*), but this run keeps none; add callbacks.EMA to trainer.callbacks"
+                "the checkpoint holds averaged weights (ema.*), but this run keeps none; "
+                "add callbacks.EMA to trainer.callbacks"
             )
         if missing and all(key.startswith("ema.") for key in missing) and not unexpected:
             raise CheckpointMismatchError(
@@ -219,7 +222,8 @@ class LitBase(LightningModule):
             raise CheckpointMismatchError(
                 f"the checkpoint is of another model than {type(self).__name__} as configured "
                 f"({len(missing)} keys missing, {len(unexpected)} unknown, {len(shapes)} of another shape; for example "
-                f"{', '.join(examples)}); set ckpt_path to a checkpoint of this model, or the model options to those of the checkpoint"
+                f"{', '.join(examples)}); set ckpt_path to a checkpoint of this model, "
+                "or the model options to those of the checkpoint"
             )
         super().load_state_dict(state_dict, strict=False, assign=assign)
         return _IncompatibleKeys([], [])
@@ -245,9 +249,10 @@ class LitBase(LightningModule):
         written_by = getattr(importlib.import_module(module), name) if module else cls
         if not issubclass(written_by, cls):
             raise CheckpointMismatchError(
-                f"{checkpoint_path} was written by {path}, not by {cls.__name__}; use LitBase.load_from_checkpoint for any class"
+                f"{checkpoint_path} was written by {path}, not by {cls.__name__}; "
+                "use LitBase.load_from_checkpoint for any class"
             )
-        load = super(LitBase, written_by).load_from_checkpoint
+        load: Any = super(LitBase, written_by).load_from_checkpoint  # type: ignore[misc]
         return load(checkpoint_path, *args, **kwargs)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -346,15 +351,15 @@ def plain(value: Any) -> Any:  # noqa: ANN401
         return {"class_path": _path(value), "init_args": plain(_defaults(value))}
     if hasattr(value, "plain"):
         return value.plain()
-    if dataclasses.is_dataclass(value):
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {item.name: plain(getattr(value, item.name)) for item in dataclasses.fields(value) if item.init}
-        is_option_group = type(value).__mro__[1] is object
+        is_option_group = type(value).__bases__ == (object,)
         return fields if is_option_group else {"class_path": _path(type(value)), "init_args": fields}
     if inspect.isfunction(value):
         return _path(value)
     raise TypeError(
-        f"{type(value).__name__} can't be saved in a checkpoint's hyperparameters; pass a recipe from lit_models.backbones, "
-        "a dataclass, or a class with functools.partial"
+        f"{type(value).__name__} can't be saved in a checkpoint's hyperparameters; "
+        "pass a recipe from lit_models.backbones, a dataclass, or a class with functools.partial"
     )
 
 

@@ -35,7 +35,8 @@ def full_state_dict(network: nn.Module) -> dict[str, Tensor]:
     from torch.distributed.tensor import DTensor
 
     if any(isinstance(parameter, DTensor) for parameter in network.parameters()):
-        return get_model_state_dict(network, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        return dict(get_model_state_dict(network, options=options))  # type: ignore[arg-type]
     return {name: value.detach().cpu() for name, value in network.state_dict().items()}
 
 
@@ -107,7 +108,8 @@ def export_checkpoint(path: str | Path, directory: str | Path) -> dict[str, Path
         raise ValueError(f"{path} already is a Hugging Face folder; load it with from_pretrained")
     if kind == "sharded":
         raise ValueError(
-            f"{path} is a sharded checkpoint; first merge it into one file with torch.distributed.checkpoint.format_utils"
+            f"{path} is a sharded checkpoint; first merge it into one file with "
+            "torch.distributed.checkpoint.format_utils"
         )
     if kind == "unknown":
         raise ValueError(f"there is no checkpoint at {path}")

@@ -43,8 +43,8 @@ def load_tokenizer(name: str, pad_token: str | None = None) -> "PreTrainedTokeni
         )
     if tokenizer.pad_token_id == tokenizer.eos_token_id:
         raise ValueError(
-            f"pad_token: tokenizer {name!r} pads with its end-of-sequence token {tokenizer.eos_token!r}, which would hide "
-            "where responses end; set pad_token to another token of its vocabulary"
+            f"pad_token: tokenizer {name!r} pads with its end-of-sequence token {tokenizer.eos_token!r}, which would "
+            "hide where responses end; set pad_token to another token of its vocabulary"
         )
     return tokenizer
 
@@ -59,9 +59,9 @@ def check_vocabulary(tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedMod
     Raises:
         ValueError: if there are more tokens than embeddings.
     """
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows: int = model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
     if len(tokenizer) > rows:
         raise ValueError(
-            f"model.tokenizer: {tokenizer.name_or_path!r} has {len(tokenizer)} tokens, but {type(model).__name__} embeds only "
-            f"{rows}; use the tokenizer that belongs to the model"
+            f"model.tokenizer: {tokenizer.name_or_path!r} has {len(tokenizer)} tokens, but {type(model).__name__} "
+            f"embeds only {rows}; use the tokenizer that belongs to the model"
         )

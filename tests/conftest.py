@@ -12,6 +12,8 @@ os.environ |= {
 import pytest
 import torch
 
+import lit_models._compat  # noqa: F401  (must run before transformers models are imported)
+
 torch.set_num_threads(1)
 
 TEXTS = [
@@ -76,7 +78,6 @@ def _save(model, tokenizer, folder):
 @pytest.fixture(scope="session")
 def tiny_lm(tiny_tokenizer, tmp_path_factory):
     """Folder with a Llama of two layers and its tokenizer."""
-    import lit_models._compat  # noqa: F401
     from transformers import LlamaConfig, LlamaForCausalLM
 
     with torch.random.fork_rng():
@@ -88,7 +89,6 @@ def tiny_lm(tiny_tokenizer, tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny_reward(tiny_tokenizer, tmp_path_factory):
     """Folder with a one-label Llama, score statistics in its configuration, and its tokenizer."""
-    import lit_models._compat  # noqa: F401
     from transformers import LlamaConfig, LlamaForSequenceClassification
 
     with torch.random.fork_rng():

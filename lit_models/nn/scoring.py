@@ -23,6 +23,8 @@ class TokenScorer(nn.Module):
         TypeError: if the model has no `score` head of one output.
     """
 
+    model: Any
+
     def __init__(self, model: "PreTrainedModel") -> None:
         super().__init__()
         head = getattr(model, "score", None)

@@ -1,7 +1,7 @@
 """Sharding of networks with FSDP2 (`fully_shard`) under Lightning's ModelParallelStrategy."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -46,8 +46,9 @@ def shard(network: nn.Module, mesh: "DeviceMesh | None", options: Sharding) -> n
     """
     if options.activation_checkpointing:
         for module in network.modules():
-            if hasattr(module, "gradient_checkpointing_enable"):
-                module.gradient_checkpointing_enable()
+            enable: Any = getattr(module, "gradient_checkpointing_enable", None)
+            if enable is not None:
+                enable()
                 break
     if mesh is not None:
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard

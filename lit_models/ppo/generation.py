@@ -63,7 +63,7 @@ class Generator(ABC):
     truncates: bool = False
     """Whether tokens are ruled out (top-k, top-p), so that samples don't follow the policy's own distribution."""
 
-    def prepare(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+    def prepare(self, tokenizer: "PreTrainedTokenizerBase") -> None:  # noqa: B027 (nothing to do by default)
         """Take what is needed from the tokenizer, once, before training."""
 
     @abstractmethod
@@ -272,7 +272,7 @@ class HuggingFaceGenerate(Generator):
         devices = [prompt_ids.device] if prompt_ids.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(noise.generator().initial_seed() * 8191 + noise.rank)
-            ids = model.generate(
+            ids = model.generate(  # type: ignore[operator]
                 prompt_ids, attention_mask=prompt_mask, generation_config=config, synced_gpus=all_done is not bool
             )
         response = ids[:, prompt_ids.shape[1] :]

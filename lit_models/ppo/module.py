@@ -244,13 +244,11 @@ class LitPPO(LitBase):
         """
         if self.trainer.precision in ("16-mixed", "16-true"):
             raise ValueError(
-                "trainer.precision: PPO clips each network's gradient by itself, which float16 scaling breaks; use bf16-mixed"
+                "trainer.precision: PPO clips each network's gradient by itself, which float16 scaling breaks; "
+                "use bf16-mixed"
             )
-        if (
-            self.ptx_coef > 0
-            and self.trainer.datamodule is not None
-            and getattr(self.trainer.datamodule, "ptx", None) is None
-        ):
+        data = getattr(self.trainer, "datamodule", None)
+        if self.ptx_coef > 0 and data is not None and getattr(data, "ptx", None) is None:
             raise ValueError(
                 "model.ptx_coef is positive, but the data has no pre-training texts; use datamodules.PromptsWithText"
             )
@@ -332,7 +330,7 @@ class LitPPO(LitBase):
         norms: dict[str, float] = {}
         ratio = rollout.response_mask.new_ones(())
         for micro_batches in steps.minibatches(rollout, self.updates, shuffle):
-            tokens = self.all_reduce(sum(micro.response_mask.sum() for micro in micro_batches))
+            tokens = self.all_reduce(torch.stack([micro.response_mask.sum() for micro in micro_batches]).sum())
             optimizer.zero_grad()
             for number, micro in enumerate(micro_batches):
                 last = number == len(micro_batches) - 1

@@ -81,12 +81,12 @@ class RewardModel(Reward):
         network = self.backbone.build_scorer()
         if self.normalize:
             config = network.model.config
-            self._mean = self.mean if self.mean is not None else getattr(config, "reward_mean", None)
-            self._std = self.std if self.std is not None else getattr(config, "reward_std", None)
+            self._mean: Any = self.mean if self.mean is not None else getattr(config, "reward_mean", None)
+            self._std: Any = self.std if self.std is not None else getattr(config, "reward_std", None)
             if self._mean is None or not self._std:
                 raise ValueError(
-                    "rewards.normalize: the reward model stores no reward_mean and reward_std; validate it with LitRewardModel "
-                    "before exporting, or give rewards.mean and rewards.std"
+                    "rewards.normalize: the reward model stores no reward_mean and reward_std; "
+                    "validate it with LitRewardModel before exporting, or give rewards.mean and rewards.std"
                 )
         self._tokenizer = None
         if self.tokenizer is not None:
@@ -100,7 +100,9 @@ class RewardModel(Reward):
         assert network is not None
         pieces = [self._score(piece, network) for piece in rollout.split(self.batch_size)]
         scores = torch.cat(pieces)
-        return (scores - self._mean) / self._std if self.normalize else scores
+        if self.normalize:
+            scores = (scores - self._mean) / self._std
+        return scores
 
     @torch.no_grad()
     def _score(self, rollout: Rollout, network: nn.Module) -> Tensor:
@@ -215,8 +217,8 @@ def total_scores(
         scores = reward.score(rollout, network).detach().float()
         if scores.shape not in ((size,), (size, width)):
             raise ValueError(
-                f"rewards: {reward.label} returned shape {tuple(scores.shape)}; it must return ({size},), a score per response, "
-                f"or ({size}, {width}), a reward per token"
+                f"rewards: {reward.label} returned shape {tuple(scores.shape)}; it must return ({size},), "
+                f"a score per response, or ({size}, {width}), a reward per token"
             )
         if scores.ndim == 2:
             scores = scores * rollout.response_mask
@@ -235,8 +237,8 @@ def _require_finite(scores: Tensor, label: str, rollout: Rollout) -> None:
     if finite.all():
         return
     row = int((~finite).nonzero()[0])
-    value = scores[row].flatten()
-    value = float(value[~torch.isfinite(value)][0])
+    values = scores[row].flatten()
+    value = float(values[~torch.isfinite(values)][0])
     kind = "NaN" if math.isnan(value) else str(value)
     raise FloatingPointError(
         f"rewards: {label} scored {kind} for the text {rollout.prompts[row] + rollout.responses[row]!r}; "

@@ -87,7 +87,7 @@ class LitRewardModel(LitBase):
         backbone: Backbone,
         tokenizer: str,
         pad_token: str | None = None,
-        loss: RewardLoss = RewardLoss(),  # noqa: B008 (frozen)
+        loss: RewardLoss = RewardLoss(),
         optimizer: OptimizerCallable = AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
         sharding: Sharding | None = None,
@@ -125,8 +125,10 @@ class LitRewardModel(LitBase):
 
     def exported_models(self) -> "dict[str, PreTrainedModel]":
         """The sequence-classification model, and its average where one is kept."""
-        models = {"model": self.net.model}
-        return models if self.ema is None else models | {"ema": self.ema.model}  # type: ignore[dict-item]
+        models: dict[str, PreTrainedModel] = {"model": self.net.model}
+        if self.ema is not None:
+            models["ema"] = self.ema.model  # type: ignore[assignment]
+        return models
 
     # -- training ----------------------------------------------------------------------------------------------------
 
@@ -208,7 +210,7 @@ class LitRewardModel(LitBase):
         self._evaluate(batch)
 
     def on_validation_epoch_end(self) -> None:
-        """Log `val/{loss,accuracy,chosen_mean,rejected_mean,margin}` over all pairs and ranks; store score statistics."""
+        """Log `val/{loss,accuracy,chosen_mean,rejected_mean,margin}` over all pairs; store score statistics."""
         mean, std = self._log_evaluation("val")
         if not self.trainer.sanity_checking:
             self._store_statistics(mean, std)

@@ -181,7 +181,7 @@ class LitSFT(LitBase):
         if not self._newest:
             return []
         rows = zip(self._newest["ids"], self._newest["mask"], self._newest["nll"].tolist(), strict=True)
-        return [{"text": self.tokenizer.decode(ids[mask.bool()]), "nll": nll} for ids, mask, nll in rows]
+        return [{"text": str(self.tokenizer.decode(ids[mask.bool()])), "nll": nll} for ids, mask, nll in rows]
 
 
 def _row_means(nll: Tensor, counted: Tensor) -> Tensor:

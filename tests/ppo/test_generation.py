@@ -67,7 +67,9 @@ def test_distribution_of_samples_follows_the_probabilities():
     torch.testing.assert_close(shares, (logits[0] / 0.7).softmax(-1), atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize(("options", "allowed"), [({"top_k": 2}, {3, 0}), ({"top_p": 0.6}, {3}), ({"top_p": 0.95}, {3, 0, 1})])
+@pytest.mark.parametrize(
+    ("options", "allowed"), [({"top_k": 2}, {3, 0}), ({"top_p": 0.6}, {3}), ({"top_p": 0.95}, {3, 0, 1})]
+)
 def test_truncation_rules_tokens_out(options, allowed):
     sampler = Sampler(**options)
     logits = torch.tensor([[1.0, 0.0, -1.0, 2.0]]).expand(1000, -1)
@@ -140,5 +142,5 @@ def test_options_out_of_range_are_named(options, key):
 
 
 def test_unknown_end_token_is_named(tokenizer):
-    with pytest.raises(ValueError, match="extra_eos_tokens.*nonsense"):
+    with pytest.raises(ValueError, match=r"extra_eos_tokens.*nonsense"):
         Sampler(extra_eos_tokens=["<nonsense>"]).prepare(tokenizer)

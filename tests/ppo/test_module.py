@@ -102,8 +102,10 @@ def test_updates_both_networks_and_leaves_the_others(make, tmp_path):
 def test_logs_the_promised_keys(make, tmp_path):
     run = trainer(tmp_path)
     run.fit(make(), loader())
-    promised = """score/mean score/std score/min score/max reward/total kl/ref kl/old_new kl/coef policy/loss policy/clip_frac
-        policy/entropy policy/ratio_mean policy/ratio_max policy/grad_norm policy/lr value/loss value/clip_frac value/mean
+    promised = """score/mean score/std score/min score/max reward/total kl/ref kl/old_new kl/coef
+        policy/loss policy/clip_frac
+        policy/entropy policy/ratio_mean policy/ratio_max policy/grad_norm policy/lr value/loss
+        value/clip_frac value/mean
         value/explained_variance value/grad_norm value/lr adv/mean adv/std return/mean return/std response/len_mean
         response/len_max response/eos_frac response/truncated_frac time/generate time/score time/update tokens_per_s"""
     assert set(promised.split()) <= set(run.callback_metrics)
@@ -181,7 +183,9 @@ def test_adapters_make_the_reference_and_are_all_that_is_saved(make, tmp_path, t
     assert model.reference is None
     assert float(run.callback_metrics["kl/ref"]) != 0
     run.save_checkpoint(tmp_path / "a.ckpt")
-    names = [name for name in torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"] if name.startswith("actor")]
+    names = [
+        name for name in torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"] if name.startswith("actor")
+    ]
     assert names
     assert all("lora_" in name for name in names)
     again = make(actor=actor)
@@ -253,12 +257,18 @@ def test_validation_test_and_prediction(make, tmp_path):
     assert model.generator.temperature == 1.0
 
 
-@pytest.mark.parametrize("options", [
-    {"loss": PPOLoss(norm="sequence", dual_clip=3.0, clip_high=0.28, entropy_coef=0.01)},
-    {"loss": PPOLoss(norm="micro_batch", value_clip=None), "advantage": GAE(whiten_advantages=True, whiten_rewards=True)},
-    {"shapers": [KLPenalty(0.1, "k3", "loss")], "samples_per_prompt": 2, "logprob_temperature": 1.0},
-    {"scores": ScoreOptions(position="after_last", missing_eos_penalty=1.0), "zero_critic_head": True},
-])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"loss": PPOLoss(norm="sequence", dual_clip=3.0, clip_high=0.28, entropy_coef=0.01)},
+        {
+            "loss": PPOLoss(norm="micro_batch", value_clip=None),
+            "advantage": GAE(whiten_advantages=True, whiten_rewards=True),
+        },
+        {"shapers": [KLPenalty(0.1, "k3", "loss")], "samples_per_prompt": 2, "logprob_temperature": 1.0},
+        {"scores": ScoreOptions(position="after_last", missing_eos_penalty=1.0), "zero_critic_head": True},
+    ],
+)
 def test_options_train_with_finite_losses(make, tmp_path, options):
     run = trainer(tmp_path)
     run.fit(make(updates=Updates(epochs=2, minibatch_size=6, micro_batch_size=2), **options), loader())
@@ -335,7 +345,9 @@ class Recorded(LitPPO):
     """Writes its weights when training ends, since the parent process sees only rank 0's."""
 
     def on_train_end(self):
-        torch.save(weights(self.actor) | weights(self.critic), self.trainer.default_root_dir + f"/rank{self.global_rank}.pt")
+        torch.save(
+            weights(self.actor) | weights(self.critic), self.trainer.default_root_dir + f"/rank{self.global_rank}.pt"
+        )
 
 
 def test_two_processes_equal_one(tiny_lm, tiny_reward, tiny_tokenizer, tmp_path):

@@ -43,7 +43,10 @@ def nan_for_second(rollout):
 
 
 def total(*functions, weights=None):
-    rewards = [FunctionReward(function, weight) for function, weight in zip(functions, weights or [1.0] * len(functions), strict=True)]
+    rewards = [
+        FunctionReward(function, weight)
+        for function, weight in zip(functions, weights or [1.0] * len(functions), strict=True)
+    ]
     for reward in rewards:
         reward.build(None)
     return total_scores(rollout(), rewards, [None] * len(rewards))
@@ -112,7 +115,10 @@ def test_reward_model_with_another_tokenizer_reads_the_texts(tiny_reward, tiny_t
 
 def test_normalization_without_statistics_says_what_to_do(tiny_tokenizer):
     tokenizer = AutoTokenizer.from_pretrained(tiny_tokenizer)
-    config = FromConfig("llama", {"num_hidden_layers": 1, "hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 8, "vocab_size": 300})
+    config = FromConfig(
+        "llama",
+        {"num_hidden_layers": 1, "hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 8, "vocab_size": 300},
+    )
     with pytest.raises(ValueError, match=r"rewards\.normalize.*reward_mean"):
         RewardModel(config, normalize=True).build(tokenizer)
 

@@ -6,7 +6,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lit_models.backbones import FromPretrained
 from lit_models.nn.scoring import TokenScorer
-from lit_models.ppo import GAE, KLPenalty, PPOLoss, RewardModel, Rollout, RowNoise, Sampler, ScoreOptions, Updates, steps
+from lit_models.ppo import (
+    GAE,
+    KLPenalty,
+    PPOLoss,
+    RewardModel,
+    Rollout,
+    RowNoise,
+    Sampler,
+    ScoreOptions,
+    Updates,
+    steps,
+)
 from lit_models.ppo.functional import position_ids
 
 
@@ -24,7 +35,12 @@ def parts(tiny_lm, tiny_reward, tiny_tokenizer):
     reward = RewardModel(FromPretrained(tiny_reward))
     network = reward.build(tokenizer).eval()
     return SimpleNamespace(
-        tokenizer=tokenizer, actor=actor, reference=reference, critic=critic, sampler=sampler, rewards=[reward],
+        tokenizer=tokenizer,
+        actor=actor,
+        reference=reference,
+        critic=critic,
+        sampler=sampler,
+        rewards=[reward],
         networks=[network],
     )
 
@@ -136,7 +152,9 @@ def test_token_rewards_missing_end_and_position(parts):
     rollout.token_scores = 0.5 * rollout.response_mask
     rollout.ended[:] = False
     steps.shape(rollout, [], ScoreOptions(missing_eos_penalty=2.0))
-    torch.testing.assert_close(rollout.rewards.sum(1), rollout.scores - 2.0 + 0.5 * rollout.lengths, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        rollout.rewards.sum(1), rollout.scores - 2.0 + 0.5 * rollout.lengths, atol=1e-5, rtol=1e-5
+    )
     rollout.response_mask[:, 3:] = 0
     rollout.token_scores = None
     steps.shape(rollout, [], ScoreOptions(position="after_last"))

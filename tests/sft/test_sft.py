@@ -185,7 +185,7 @@ def test_loss_falls_and_checkpoint_resumes_bitwise(tiny_lm, quiet_trainer, tmp_p
 
 def test_missing_padding_token_is_refused_before_training(tiny_lm):
     module = LitSFT(FromPretrained(str(tiny_lm)), str(tiny_lm), pad_token="<eos>")
-    with pytest.raises(ValueError, match="pad_token.*another token"):
+    with pytest.raises(ValueError, match=r"pad_token.*another token"):
         module.configure_model()
 
 
