@@ -1,16 +1,25 @@
 """Learning curves as a picture."""
 
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
 
 History = dict[str, list[tuple[int, float]]]
+SMOOTHED = 60  # points from which on a running mean is drawn over the values
 
 
-def plot_curves(runs: Mapping[str, Any], path: str | Path, title: str | None = None, columns: int = 3) -> Path:
+def plot_curves(
+    runs: Mapping[str, Any],
+    path: str | Path,
+    title: str | None = None,
+    columns: int = 3,
+    labels: Mapping[str, str] | None = None,
+) -> Path:
     """Draw metrics over steps as small panels.
 
     Args:
@@ -18,6 +27,7 @@ def plot_curves(runs: Mapping[str, Any], path: str | Path, title: str | None = N
         path: PNG to write; replaced in one move.
         title: heading.
         columns: panels per row.
+        labels: metric -> heading of its panel; the metric's name by default.
 
     Returns:
         The path.
@@ -43,13 +53,9 @@ def plot_curves(runs: Mapping[str, Any], path: str | Path, title: str | None = N
     for panel, metric in enumerate(metrics):
         axes = figure.add_subplot(rows, columns, panel + 1)
         for name, history in named.items():
-            points = history.get(metric, [])
-            mark = "o" if len(points) < 3 else None
-            axes.plot(
-                [step for step, _ in points], [value for _, value in points], label=name or None, marker=mark, lw=1.4
-            )
-        axes.set_title(metric, fontsize=10)
-        axes.set_xlabel("optimizer step", fontsize=8)
+            _draw_line(axes, history.get(metric, []), name)
+        axes.set_title((labels or {}).get(metric, metric), fontsize=10)
+        axes.set_xlabel("step", fontsize=8)
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
@@ -65,8 +71,39 @@ def plot_curves(runs: Mapping[str, Any], path: str | Path, title: str | None = N
     return path
 
 
+def _draw_line(axes: Any, points: list[tuple[int, float]], name: str) -> None:  # noqa: ANN401
+    """One run's values of a metric; many values also as their running mean."""
+    steps, values = [step for step, _ in points], [value for _, value in points]
+    mark = "o" if len(points) < 3 else None
+    if len(points) < SMOOTHED:
+        axes.plot(steps, values, label=name or None, marker=mark, lw=1.4)
+        return
+    (line,) = axes.plot(steps, values, lw=0.8, alpha=0.3)
+    means = running_mean(values, len(values) // 30)
+    axes.plot(steps, means, label=name or None, color=line.get_color(), lw=1.6)
+
+
+def running_mean(values: list[float], width: int) -> list[float]:
+    """Mean of each value and up to `width` values on both sides; values that are not finite are left out.
+
+    Args:
+        values: any number of them.
+        width: neighbours on each side.
+
+    Returns:
+        As many means; NaN where no value is finite.
+    """
+    means = []
+    for centre in range(len(values)):
+        near = [value for value in values[max(0, centre - width) : centre + width + 1] if math.isfinite(value)]
+        means.append(sum(near) / len(near) if near else math.nan)
+    return means
+
+
 class LearningCurves(Callback):
-    """Keeps logged metrics by step and draws them as a PNG.
+    """Keeps logged metrics by optimizer step and draws them as a PNG.
+
+    Values are kept as often as the trainer logs (`log_every_n_steps`), and after each validation and epoch.
 
     Args:
         metrics: names to draw; all that were logged by default.
@@ -86,6 +123,7 @@ class LearningCurves(Callback):
     ) -> None:
         self.metrics, self.filename, self.every_n_steps = metrics, filename, every_n_steps
         self.history: History = {}
+        self._kept: dict[str, Tensor] = {}
 
     def on_train_batch_end(
         self,
@@ -96,20 +134,24 @@ class LearningCurves(Callback):
         batch_idx: int,
     ) -> None:
         """Keep the newest values."""
-        if trainer.is_global_zero:
+        batches = trainer.fit_loop.total_batch_idx + 1
+        if trainer.log_every_n_steps and batches % trainer.log_every_n_steps == 0:
             self._keep(trainer)
-            if self.every_n_steps and (batch_idx + 1) % self.every_n_steps == 0:
-                self._draw(trainer)
+        if self.every_n_steps and batches % self.every_n_steps == 0:
+            self._draw(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep values of the epoch."""
+        self._keep(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep values of validation."""
-        if trainer.is_global_zero and not trainer.sanity_checking:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._keep(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the picture."""
-        if trainer.is_global_zero:
-            self._draw(trainer)
+        self._draw(trainer)
 
     def state_dict(self) -> dict[str, Any]:
         """The history."""
@@ -123,12 +165,16 @@ class LearningCurves(Callback):
 
     def _keep(self, trainer: Trainer) -> None:
         for name, value in trainer.callback_metrics.items():
-            if self.metrics is not None and name not in self.metrics:
+            # Lightning holds the same tensor until the metric is logged again.
+            if (self.metrics is not None and name not in self.metrics) or self._kept.get(name) is value:
                 continue
+            self._kept[name] = value
             points = self.history.setdefault(name, [])
-            if not points or points[-1][1] != float(value):  # a metric keeps its value until it is logged again
-                points.append((trainer.global_step, float(value)))
+            if points and points[-1][0] == trainer.global_step:
+                points.pop()
+            points.append((trainer.global_step, float(value)))
 
     def _draw(self, trainer: Trainer) -> None:
-        if self.history:
-            plot_curves(self.history, Path(trainer.log_dir or trainer.default_root_dir) / self.filename)
+        folder = Path(trainer.log_dir or trainer.default_root_dir)  # on all ranks, since log_dir is broadcast
+        if self.history and trainer.is_global_zero:
+            plot_curves(self.history, folder / self.filename)

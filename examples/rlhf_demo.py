@@ -19,7 +19,7 @@ from lit_models.cli import main
 RUNS = Path(os.environ.get("LIT_RUNS", "runs"))
 CURVES = {
     "sft": {"train/loss": "fine-tuning: loss"},
-    "reward": {"train/loss": "reward model: loss", "val/accuracy": "reward model: accuracy"},
+    "reward": {"train/loss": "reward model: loss"},
     "ppo": {
         "score/mean": "PPO: score",
         "kl/ref": "PPO: KL to the reference",

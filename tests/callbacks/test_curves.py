@@ -1,11 +1,13 @@
+import math
+
 import pytest
 import torch
 
 from callbacks import LearningCurves
-from callbacks.curves import plot_curves
+from callbacks.curves import plot_curves, running_mean
 from tests.callbacks.tiny import Tiny, trainer
 
-PNG = b"\x89PNG\r\n\x1a\n"
+PNG = b"\x89PNG"
 
 
 def fit(folder, callback, ckpt_path=None, **options):
@@ -14,65 +16,61 @@ def fit(folder, callback, ckpt_path=None, **options):
     return run
 
 
-def is_png(path):
-    return path.read_bytes().startswith(PNG)
-
-
-def steps(callback, metric):
-    return [step for step, _ in callback.history[metric]]
-
-
-def test_draws_a_png_of_all_metrics_at_the_end(tmp_path):
+def test_history_holds_each_logged_value_once(tmp_path):
     curves = LearningCurves()
-    fit(tmp_path, curves)
-    assert [path.name for path in tmp_path.iterdir()] == ["curves.png"]
-    assert is_png(tmp_path / "curves.png")
-    assert steps(curves, "train/loss") == list(range(1, 13))
-    assert steps(curves, "val/loss") == [6, 12]  # the sanity check before training leaves nothing
+    fit(tmp_path, curves, val_check_interval=3)
+    assert [step for step, _ in curves.history["train/loss"]] == list(range(1, 13))
+    assert curves.history["constant"] == [(step, 1.0) for step in range(1, 13)]
+    assert [step for step, _ in curves.history["val/loss"]] == [3, 6, 9, 12]
+    assert (tmp_path / "curves.png").read_bytes().startswith(PNG)
+    assert [file.name for file in tmp_path.glob("*.png")] == ["curves.png"]
 
 
-def test_keeps_the_chosen_metrics_only(tmp_path):
-    curves = LearningCurves(["val/loss"], filename="one.png")
-    fit(tmp_path, curves, max_epochs=1)
-    assert list(curves.history) == ["val/loss"]
-    assert is_png(tmp_path / "one.png")
+def test_values_are_kept_as_often_as_the_trainer_logs(tmp_path):
+    curves = LearningCurves(["train/loss"])
+    fit(tmp_path, curves, log_every_n_steps=5)
+    steps = [step for step, _ in curves.history["train/loss"]]
+    assert {5, 10} <= set(steps) <= {5, 6, 10, 12}  # and at the ends of epochs and validations
+    assert list(curves.history) == ["train/loss"]
 
 
-def test_draws_every_n_batches_across_epochs(tmp_path, monkeypatch):
+def test_a_resumed_run_draws_whole_curves(tmp_path):
+    whole = LearningCurves()
+    run = fit(tmp_path, whole, max_epochs=1)
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    assert torch.load(tmp_path / "a.ckpt", weights_only=True)["callbacks"]
+    resumed = LearningCurves()
+    fit(tmp_path, resumed, tmp_path / "a.ckpt")
+    assert [step for step, _ in resumed.history["train/loss"]] == list(range(1, 13))
+    assert resumed.history["train/loss"][:6] == whole.history["train/loss"]
+
+
+@pytest.mark.parametrize(("every", "pictures"), [(None, 1), (4, 4), (5, 3)])
+def test_pictures_are_drawn_across_epochs(tmp_path, monkeypatch, every, pictures):
     drawn = []
-    curves = LearningCurves(every_n_steps=4)
-    monkeypatch.setattr("callbacks.curves.plot_curves", lambda history, path: drawn.append(history["train/loss"][-1]))
-    fit(tmp_path, curves)
-    assert [step for step, _ in drawn] == [4, 8, 12, 12]
-
-
-def test_history_survives_a_resume(tmp_path):
-    whole = LearningCurves(["train/loss"])
-    run = fit(tmp_path, whole, max_steps=4, limit_val_batches=0)
-    run.save_checkpoint(tmp_path / "four.ckpt")
-    saved = torch.load(tmp_path / "four.ckpt", weights_only=True)
-    assert len(saved["callbacks"]["LearningCurves"]["history"]["train/loss"]) == 4
-    resumed = LearningCurves(["train/loss"])
-    fit(tmp_path, resumed, ckpt_path=tmp_path / "four.ckpt", limit_val_batches=0)
-    assert steps(resumed, "train/loss") == list(range(1, 13))
-    assert resumed.history["train/loss"][:4] == whole.history["train/loss"]
-
-
-def test_no_values_no_picture(tmp_path):
-    fit(tmp_path, LearningCurves(["misspelt"]))
-    assert list(tmp_path.iterdir()) == []
-    with pytest.raises(ValueError, match=r"callbacks\.LearningCurves\.metrics"):
-        plot_curves({}, tmp_path / "curves.png")
-
-
-def test_several_runs_in_one_picture(tmp_path):
-    runs = {"a": {"score": [(1, 0.0), (2, 1.0)], "kl": [(1, 0.0)]}, "b": {"score": [(1, 0.5)]}}
-    path = plot_curves(runs, tmp_path / "new" / "both.png", title="two runs")
-    assert path == tmp_path / "new" / "both.png"
-    assert is_png(path)
+    monkeypatch.setattr("callbacks.curves.plot_curves", lambda history, path: drawn.append(path))
+    fit(tmp_path, LearningCurves(every_n_steps=every, filename="a.png"))
+    assert drawn == [tmp_path / "a.png"] * pictures
 
 
 @pytest.mark.slow
 def test_two_processes_draw_one_picture(tmp_path):
-    fit(tmp_path, LearningCurves(every_n_steps=2), devices=2, strategy="ddp_fork", max_epochs=1, num_sanity_val_steps=0)
-    assert is_png(tmp_path / "curves.png")
+    fit(tmp_path, LearningCurves(every_n_steps=2), devices=2, strategy="ddp_fork", max_epochs=1)
+    assert (tmp_path / "curves.png").is_file()
+
+
+def test_runs_are_drawn_over_each_other(tmp_path):
+    long = [(step, math.sin(step / 9)) for step in range(200)]
+    runs = {"one": {"loss": long, "kl": [(1, 2.0)]}, "two": {"loss": [(1, 1.0), (2, math.nan), (3, 0.5)]}}
+    path = plot_curves(runs, tmp_path / "deep" / "a.png", title="two runs", labels={"kl": "divergence"})
+    assert path.read_bytes().startswith(PNG)
+
+
+def test_nothing_to_draw(tmp_path):
+    with pytest.raises(ValueError, match=r"callbacks\.LearningCurves\.metrics"):
+        plot_curves({}, tmp_path / "a.png")
+
+
+def test_running_mean():
+    assert running_mean([1.0, 2.0, 6.0, math.nan], 1) == [1.5, 3.0, 4.0, 6.0]
+    assert math.isnan(running_mean([math.nan, math.inf], 0)[1])

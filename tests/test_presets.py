@@ -1,0 +1,134 @@
+"""Every shipped configuration: all are parsed; tiny ones are run through fit, test, resume, prediction and export."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from lit_models.cli import main
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+PRESETS = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.glob("*/*.yaml"))
+COMPLETE = [name for name in PRESETS if name.split("/")[0] not in ("trainer", "logger") and "-" not in Path(name).stem]
+MODELS = [name for name in PRESETS if Path(name).stem.startswith("model-")]
+DATA = [name for name in PRESETS if Path(name).stem.startswith("data-")]
+TINY = [name for name in PRESETS if name.endswith("/tiny.yaml")]
+FAST = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
+
+
+@pytest.fixture(autouse=True)
+def runs(tmp_path, monkeypatch):
+    monkeypatch.setenv("LIT_RUNS", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def parse(capsys, *files):
+    configs = [argument for file in files for argument in ("--config", file)]
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", *configs, "--print_config"])
+    assert stop.value.code == 0, capsys.readouterr().err
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("name", COMPLETE)
+def test_complete_presets_parse(capsys, name):
+    config = parse(capsys, name)
+    assert config["model"]["class_path"].startswith("lit_models.")
+    assert config["data"]["class_path"].startswith("datamodules.")
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_paper_models_parse_with_every_data_set(capsys, model):
+    stage = model.split("/")[0]
+    data = [name for name in DATA if name.startswith(f"{stage}/")]
+    assert data
+    for name in data:
+        config = parse(capsys, model, name, "trainer/fsdp2.yaml")
+        arguments = config["model"]["init_args"]
+        assert arguments["lr_scheduler"]["init_args"]["total"] == config["trainer"]["max_steps"] > 0
+        assert config["data"]["init_args"]["tokenizer"] == arguments["tokenizer"]
+
+
+@pytest.mark.parametrize("name", sorted((CONFIGS / "architectures").glob("*.json")), ids=lambda path: path.stem)
+def test_paper_networks_exist_on_the_meta_device(name):
+    from lit_models.backbones import FromConfig
+
+    billions = {
+        "gemma-2b": 2.506,
+        "gemma-7b": 8.538,
+        "gemma-2-27b": 27.227,
+        "codegemma-2b": 2.506,
+        "codegemma-7b": 8.538,
+    }
+    with torch.device("meta"):
+        model = FromConfig(str(name)).build()
+        scorer = FromConfig(str(name)).build_scorer()
+    assert round(sum(parameter.numel() for parameter in model.parameters()) / 1e9, 3) == billions[name.stem]
+    assert scorer.model.score.weight.device.type == "meta"
+
+
+def weights(path):
+    return torch.load(path, weights_only=True)["state_dict"]
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_tiny_presets_fit_test_predict_resume_and_export(name, runs):
+    stage = name.split("/")[0]
+    folder = runs / f"{stage}-tiny"
+    cli = main(["fit", "--config", name, *FAST])
+    steps = cli.trainer.max_steps
+    assert cli.trainer.global_step == steps
+    whole = weights(folder / "checkpoints/last.ckpt")
+    exported = sorted(path.name for path in (folder / "export").iterdir())
+    assert exported == (["actor", "critic"] if stage == "ppo" else ["model"])
+    last = f"--ckpt_path={folder / 'checkpoints/last.ckpt'}"
+    main(["test", "--config", name, last, *FAST])
+    assert main(["predict", "--config", name, last, *FAST]).trainer.predict_loop.predictions
+
+    half = runs / "half"
+    main(
+        [
+            "fit",
+            "--config",
+            name,
+            f"--trainer.default_root_dir={half}",
+            f"--trainer.max_steps={steps}",
+            *FAST,
+            "--trainer.limit_train_batches=100000",
+            "--config",
+            str(stop_after(runs, steps // 2)),
+        ]
+    )
+    resumed = main(["fit", "--config", name, f"--trainer.default_root_dir={half}", "--ckpt_path=last", *FAST])
+    assert resumed.trainer.global_step == steps
+    for key, value in weights(half / "checkpoints/last.ckpt").items():
+        assert torch.equal(whole[key], value), key
+
+
+def stop_after(folder, batches):
+    """A configuration that interrupts a run, as a signal would, so that schedules stay those of the whole run."""
+    path = folder / "stop.yaml"
+    path.write_text(
+        "trainer:\n  callbacks+:\n    - class_path: tests.test_presets.StopAfter\n"
+        f"      init_args: {{batches: {batches}}}\n"
+    )
+    return path
+
+
+from lightning.pytorch import Callback  # noqa: E402
+
+
+class StopAfter(Callback):
+    """Ends a run after some batches."""
+
+    def __init__(self, batches: int) -> None:
+        self.batches = batches
+        self.seen = 0
+
+    def on_train_batch_end(self, trainer, *args):
+        self.seen += 1
+        if self.seen == self.batches:
+            trainer.save_checkpoint(Path(trainer.default_root_dir) / "checkpoints/last.ckpt")
+            raise KeyboardInterrupt
