@@ -36,7 +36,7 @@ class ExportPretrained(Callback):
         batch_idx: int,
     ) -> None:
         """Export every n batches."""
-        if self.every_n_steps and (batch_idx + 1) % self.every_n_steps == 0:
+        if self.every_n_steps and (trainer.fit_loop.total_batch_idx + 1) % self.every_n_steps == 0:
             self._export(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -53,8 +53,9 @@ class SampleTable(Callback):
         """Drop lines of steps that will be run again."""
         path = self._path(trainer)
         if trainer.is_global_zero and path.is_file():
-            kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= trainer.global_step]
-            path.write_text("".join(f"{line}\n" for line in kept if trainer.global_step > 0))
+            # Split at "\n" alone, as texts may hold U+2028; what follows the last one was cut off by a kill.
+            lines = path.read_bytes().split(b"\n")[:-1] if trainer.global_step > 0 else []
+            path.write_bytes(b"".join(b"%s\n" % row for row in lines if json.loads(row)["step"] <= trainer.global_step))
 
     def on_train_batch_end(
         self,

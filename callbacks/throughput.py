@@ -62,6 +62,10 @@ class Throughput(Callback):
         pl_module.log_dict(values)
         self._ended = time.perf_counter()
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin to wait for data again, since validation is no waiting."""
+        self._ended = time.perf_counter()
+
 
 def peak_memory() -> float:
     """Peak memory in GiB: of CUDA where it is used, else of the process."""

@@ -214,4 +214,5 @@ def evaluation_loader(dataset: Any, batch_size: int, **options: Any) -> DataLoad
     """
     generator = torch.Generator().manual_seed(0)
     sampler = None if isinstance(dataset, torch.utils.data.IterableDataset) else EvaluationSampler(dataset)
-    return DataLoader(dataset, batch_size, sampler=sampler, generator=generator, **options)
+    # By keyword, since the trainer builds the loader anew for prediction with a batch size of its own.
+    return DataLoader(dataset, batch_size=batch_size, sampler=sampler, generator=generator, **options)

@@ -15,6 +15,14 @@ def raised_here(error: BaseException) -> bool:
     return bool(frames) and any(Path(frames[-1].filename).resolve().is_relative_to(folder / name) for name in OURS)
 
 
+def own_error(error: BaseException) -> BaseException | None:
+    """The exception of this collection's own checks behind an exception, which libraries may have wrapped."""
+    current: BaseException | None = error
+    while current is not None and not raised_here(current):
+        current = current.__cause__ or current.__context__
+    return current
+
+
 def main(args: list[str] | None = None) -> None:
     """Run the command line.
 
@@ -29,9 +37,10 @@ def main(args: list[str] | None = None) -> None:
     try:
         run(args)
     except (ValueError, TypeError, ImportError, OSError, FloatingPointError) as error:
-        if not raised_here(error) or os.environ.get("LIT_MODELS_TRACEBACK"):
+        own = own_error(error)
+        if own is None or os.environ.get("LIT_MODELS_TRACEBACK"):
             raise
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {own}")
 
 
 if __name__ == "__main__":

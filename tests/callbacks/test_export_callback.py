@@ -1,3 +1,5 @@
+from lightning.pytorch.callbacks import ModelCheckpoint
+
 from callbacks import ExportPretrained
 from tests.callbacks.tiny import Tiny, trainer
 
@@ -28,8 +30,7 @@ def test_exports_though_an_epoch_is_shorter_than_the_interval(tmp_path):
 
 
 def test_a_resumed_run_keeps_the_interval(tmp_path):
-    run = trainer(tmp_path, max_steps=7)
-    run.fit(Tiny())
-    run.save_checkpoint(tmp_path / "seven.ckpt")
+    saver = ModelCheckpoint(tmp_path, filename="seven", every_n_train_steps=7)
+    trainer(tmp_path, callbacks=[saver], enable_checkpointing=True).fit(Tiny())
     resumed = exports(tmp_path, ExportPretrained(every_n_steps=4), ckpt_path=tmp_path / "seven.ckpt")
     assert [step for step, _ in resumed] == [8, 12, 12]
