@@ -87,7 +87,7 @@ class AppendingCSVLogger(Logger):
         (self._folder / "hparams.yaml").write_text(yaml.safe_dump(plain, default_flow_style=False))
 
     @rank_zero_only
-    def log_graph(self, model: LightningModule, input_array: Tensor | None = None) -> None:
+    def log_graph(self, model: LightningModule, input_array: Tensor | None = None) -> None:  # type: ignore[override]
         """Choose the file, since this is where a logger meets the trainer, before anything is logged."""
         trainer = model.trainer
         fits = trainer.state.fn == "fit"

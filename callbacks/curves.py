@@ -37,6 +37,7 @@ def plot_curves(
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     named: dict[str, History] = (
         dict(runs) if all(isinstance(run, Mapping) for run in runs.values()) else {"": dict(runs)}
@@ -56,6 +57,7 @@ def plot_curves(
             _draw_line(axes, history.get(metric, []), name)
         axes.set_title((labels or {}).get(metric, metric), fontsize=10)
         axes.set_xlabel("step", fontsize=8)
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
@@ -133,7 +135,7 @@ class LearningCurves(Callback):
         batch: Any,  # noqa: ANN401
         batch_idx: int,
     ) -> None:
-        """Keep the newest values."""
+        """Keep the newest values."""  # type: ignore[attr-defined]
         batches = trainer.fit_loop.total_batch_idx + 1
         if trainer.log_every_n_steps and batches % trainer.log_every_n_steps == 0:
             self._keep(trainer)

@@ -110,7 +110,7 @@ def stop_after(folder, batches):
 from lightning.pytorch import Callback  # noqa: E402
 
 
-class Interrupted(Exception):  # noqa: N818
+class Interrupted(Exception):
     """Stands for whatever ends a run too early."""
 
 
@@ -121,8 +121,7 @@ class StopAfter(Callback):
         self.batches = batches
         self.seen = 0
 
-    def on_train_batch_end(self, trainer, *args):
-        self.seen += 1
+    def on_train_batch_start(self, *args):
         if self.seen == self.batches:
-            trainer.save_checkpoint(Path(trainer.default_root_dir) / "checkpoints/last.ckpt")
             raise Interrupted
+        self.seen += 1
