@@ -135,9 +135,10 @@ class LearningCurves(Callback):
         batch: Any,  # noqa: ANN401
         batch_idx: int,
     ) -> None:
-        """Keep the newest values."""  # type: ignore[attr-defined]
+        """Keep the newest values."""
         batches = trainer.fit_loop.total_batch_idx + 1
-        if trainer.log_every_n_steps and batches % trainer.log_every_n_steps == 0:
+        log_every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by the logger connector  # type: ignore[attr-defined]
+        if log_every and batches % log_every == 0:
             self._keep(trainer)
         if self.every_n_steps and batches % self.every_n_steps == 0:
             self._draw(trainer)

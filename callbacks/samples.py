@@ -24,6 +24,20 @@ def markdown_table(rows: list[Row]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def print_table(rows: list[Row], title: str) -> None:
+    """Print rows that share their keys."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title, show_lines=True)
+    for name in rows[0]:
+        table.add_column(name)
+    for row in rows:  # as Text, since samples may hold what looks like markup
+        table.add_row(*(Text(f"{value:.3f}" if isinstance(value, float) else str(value)) for value in row.values()))
+    Console().print(table)
+
+
 class SampleTable(Callback):
     """Appends rows of the module's `samples()` to a JSONL file and to TensorBoard.
 
@@ -31,6 +45,7 @@ class SampleTable(Callback):
         every_n_steps: batches between two tables.
         num_rows: rows of each table.
         filename: name of the JSONL file in the run's folder; each line holds `step` and the row.
+        print_rows: also print each table.
 
     Note:
         A resumed run removes the lines after the step it resumes from, so that no step appears twice.
@@ -40,13 +55,20 @@ class SampleTable(Callback):
         Trainer(callbacks=[SampleTable(every_n_steps=10)])
     """
 
-    def __init__(self, every_n_steps: int = 10, num_rows: int = 4, filename: str = "samples.jsonl") -> None:
+    def __init__(
+        self,
+        every_n_steps: int = 10,
+        num_rows: int = 4,
+        filename: str = "samples.jsonl",
+        print_rows: bool = False,
+    ) -> None:
         if every_n_steps < 1 or num_rows < 1:
             raise ValueError(
                 f"callbacks.SampleTable: every_n_steps and num_rows must be at least 1, "
                 f"got {every_n_steps} and {num_rows}"
             )
         self.every_n_steps, self.num_rows, self.filename = every_n_steps, num_rows, filename
+        self.print_rows = print_rows
         self._batches = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -97,6 +119,8 @@ class SampleTable(Callback):
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a") as file:
             file.writelines(json.dumps({"step": trainer.global_step, **row}, ensure_ascii=False) + "\n" for row in rows)
+        if self.print_rows:
+            print_table(rows, f"step {trainer.global_step}")
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_text("samples", markdown_table(rows), trainer.global_step)

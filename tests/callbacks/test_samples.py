@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
 
 from callbacks import PredictionWriter, SampleTable
 from callbacks.samples import as_rows, markdown_table
@@ -25,6 +26,28 @@ def test_writes_rows_every_n_batches_across_epochs(tmp_path):
 def test_writes_rows_after_validation(tmp_path):
     steps = table_steps(tmp_path, SampleTable(every_n_steps=100, num_rows=1, filename="a.jsonl"))
     assert steps == [6, 12]
+
+
+def test_rows_are_printed_where_asked_for(tmp_path, capsys):
+    model = Tiny()
+    model.samples = lambda: [{"response": "[red]two", "score": 1 / 3}]
+    trainer(tmp_path, callbacks=[SampleTable(1, 1, print_rows=True)], max_steps=1).fit(model)
+    printed = capsys.readouterr().out
+    assert "step 1" in printed
+    assert "[red]two" in printed
+    assert "0.333" in printed
+
+
+def test_tables_go_to_tensorboard(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logger = TensorBoardLogger(tmp_path, name="", version="")
+    trainer(tmp_path, callbacks=[SampleTable(2, 1)], logger=logger, max_steps=4).fit(Tiny())
+    events = EventAccumulator(logger.log_dir).Reload()
+    texts = events.Tensors("samples/text_summary")
+    assert [event.step for event in texts] == [2, 4]
+    assert texts[0].tensor_proto.string_val[0].decode().startswith("| prompt | response | score |\n")
 
 
 def test_a_module_without_samples_writes_nothing(tmp_path):
