@@ -137,7 +137,7 @@ class LearningCurves(Callback):
     ) -> None:
         """Keep the newest values."""
         batches = trainer.fit_loop.total_batch_idx + 1
-        log_every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by the logger connector  # type: ignore[attr-defined]
+        log_every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by the logger connector
         if log_every and batches % log_every == 0:
             self._keep(trainer)
         if self.every_n_steps and batches % self.every_n_steps == 0:

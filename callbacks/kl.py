@@ -73,8 +73,12 @@ class EarlyStopOnKL(Callback):
         batch_idx: int,
     ) -> None:
         """Count rollouts above the limit."""
+        if "kl/ref" not in trainer.callback_metrics:
+            raise ValueError(
+                f"callbacks.EarlyStopOnKL needs a module that logs kl/ref; {type(pl_module).__name__} does not"
+            )
         kl = float(trainer.callback_metrics["kl/ref"])
-        self.above = self.above + 1 if kl > self.max_kl else 0
+        self.above = 0 if kl <= self.max_kl else self.above + 1  # NaN counts as above
         if self.above >= self.patience:
             rank_zero_info(f"stopped: kl/ref was above {self.max_kl} for {self.above} rollouts, at last {kl:.2f}")
             trainer.should_stop = True

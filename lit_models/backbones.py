@@ -4,7 +4,7 @@ A recipe is plain data, so it can be written in YAML, saved in a checkpoint and 
 """
 
 import copy
-import importlib.resources
+import importlib.util
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -280,11 +280,11 @@ class FromGGUF(Backbone):
                     f"file: there is no GGUF file {self.file!r}; give its path, or the package that ships it"
                 )
             return Path(self.file)
-        try:
-            root = Path(str(importlib.resources.files(self.package)))
-        except ModuleNotFoundError as error:
+        spec = importlib.util.find_spec(self.package)  # finds the folder without running the package's code
+        if spec is None or not spec.submodule_search_locations:
             distribution = self.package.replace("_", "-")
-            raise ValueError(f"package: {self.package!r} is not installed; pip install {distribution}") from error
+            raise ValueError(f"package: {self.package!r} is not installed; pip install {distribution}")
+        root = Path(next(iter(spec.submodule_search_locations)))
         files = sorted(root.rglob(self.file or "*.gguf"))
         if len(files) != 1:
             raise ValueError(

@@ -63,6 +63,9 @@ def stopped_at(folder, callback, kls, ckpt_path=None):
 
 
 class TestEarlyStopOnKL:
+    def test_nan_counts_as_above(self, tmp_path):
+        assert stopped_at(tmp_path, EarlyStopOnKL(10.0, patience=2), [1.0, float("nan"), float("nan"), 1.0]) == 3
+
     def test_stops_at_once_by_default(self, tmp_path):
         assert stopped_at(tmp_path, EarlyStopOnKL(10.0), [1.0, 9.9, 10.1, 1.0]) == 3
 
