@@ -1,5 +1,6 @@
 """One way to load a tokenizer, shared by models and data."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -10,7 +11,7 @@ def load_tokenizer(name: str, pad_token: str | None = None) -> "PreTrainedTokeni
     """Load a tokenizer whose padding and end-of-sequence tokens are usable for training.
 
     Args:
-        name: hub id or local folder.
+        name: hub id, local folder, or GGUF file.
         pad_token: token of the vocabulary used as padding instead of the tokenizer's own.
 
     Returns:
@@ -23,7 +24,10 @@ def load_tokenizer(name: str, pad_token: str | None = None) -> "PreTrainedTokeni
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        if name.endswith(".gguf"):
+            tokenizer = AutoTokenizer.from_pretrained(str(Path(name).parent), gguf_file=Path(name).name)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"tokenizer: {name!r} is neither a tokenizer on the hub nor a local folder with one; "
