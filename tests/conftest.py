@@ -117,3 +117,13 @@ def quiet_trainer(tmp_path):
         return Trainer(**(defaults | options))
 
     return make
+
+
+@pytest.fixture
+def free_port():
+    """A TCP port nothing listens on."""
+    import socket
+
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
