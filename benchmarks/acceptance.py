@@ -14,6 +14,7 @@ f   a huge penalty keeps the policy at the reference
 import argparse
 import csv
 import os
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -127,7 +128,7 @@ def distinct_bigrams(path: Path) -> dict[str, float]:
     shares = {}
     for name, chosen in (("first", steps[:3]), ("last", steps[-3:])):
         words = [text.split() for step in chosen for text in texts[step]]
-        pairs = [pair for text in words for pair in zip(text, text[1:], strict=False)]
+        pairs = [pair for text in words for pair in pairwise(text)]
         shares[f"distinct-2 {name}"] = len(set(pairs)) / len(pairs)
     return shares
 
