@@ -1,0 +1,14 @@
+"""Presets that need nothing trained before run one batch of everything."""
+
+import pytest
+
+from lit_models.cli import main
+
+PRESETS = ["sft/tiny.yaml", "reward/tiny.yaml", "ppo/tiny.yaml", "sft/snippets.yaml"]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_one_batch_of_everything(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("LIT_RUNS", str(tmp_path))
+    cli = main(["fit", "--config", name, "--trainer.fast_dev_run=true", "--trainer.enable_progress_bar=false"])
+    assert cli.trainer.global_step == 1
