@@ -92,18 +92,17 @@ def a4(root: Path, seed: int) -> dict[str, float]:
     more = (
         "--model.init_args.optimizer.init_args.lr=1.0e-3",
         "--trainer.max_steps=60",
-        "--trainer.callbacks+=SampleTable",
-        "--trainer.callbacks.every_n_steps=1",
-        "--trainer.callbacks.num_rows=48",
-        "--trainer.callbacks.filename=all_samples.jsonl",
     )
     weak = root / "weak.yaml"
     weak.parent.mkdir(parents=True, exist_ok=True)
     weak.write_text(
         "model:\n  init_args:\n    shapers:\n    - {class_path: lit_models.ppo.KLPenalty, init_args: {coef: 0.02}}\n"
+        "trainer:\n  callbacks:\n"
+        "  - {class_path: callbacks.SampleTable, init_args: {every_n_steps: 1, num_rows: 48}}\n"
+        "  - callbacks.ExportPretrained\n"
     )
     measured = ppo(root, seed, "a4", "--config", str(weak), *more)
-    return measured | distinct_bigrams(root / "ppo-a4/all_samples.jsonl")
+    return measured | distinct_bigrams(root / "ppo-a4/samples.jsonl")
 
 
 def f(root: Path, seed: int) -> dict[str, float]:
