@@ -79,12 +79,8 @@ class AppendingCSVLogger(Logger):
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
         """Write plain hyperparameters to `hparams.yaml`."""
         values = vars(params) if isinstance(params, Namespace) else dict(params)
-        plain = {
-            name: value if isinstance(value, (int, float, str, bool, list, dict)) else str(value)
-            for name, value in values.items()
-        }
         self._folder.mkdir(parents=True, exist_ok=True)
-        (self._folder / "hparams.yaml").write_text(yaml.safe_dump(plain, default_flow_style=False))
+        (self._folder / "hparams.yaml").write_text(yaml.safe_dump(_plain(values), default_flow_style=False))
 
     @rank_zero_only
     def log_graph(self, model: LightningModule, input_array: Tensor | None = None) -> None:  # type: ignore[override]
@@ -168,3 +164,12 @@ class AppendingCSVLogger(Logger):
         os.replace(draft, self.path)
         self._columns = columns
         self._end = self.path.stat().st_size
+
+
+def _plain(value: Any) -> Any:  # noqa: ANN401
+    """What YAML can hold of a hyperparameter; other objects by their text."""
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple, set)):
+        return [_plain(item) for item in value]
+    return value if value is None or type(value) in (bool, int, float, str) else str(value)

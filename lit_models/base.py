@@ -162,7 +162,21 @@ class LitBase(LightningModule):
             optimizer.register_step_post_hook(self._update_ema)
         if self.lr_scheduler is None:
             return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}}
+        scheduler: Any = self.lr_scheduler(optimizer)
+        if getattr(scheduler, "total", 0) is None:
+            scheduler.total = self.optimizer_steps()
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def optimizer_steps(self) -> int:
+        """Optimizer steps that the trainer will take.
+
+        Raises:
+            ValueError: if the data has no length and the trainer no limit.
+        """
+        steps = self.trainer.estimated_stepping_batches
+        if steps == float("inf"):
+            raise ValueError("lr_scheduler.total: the run has no end that is known before; set it or trainer.max_steps")
+        return int(steps)
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
 

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -133,9 +132,7 @@ def test_a_checkpoint_of_another_model_is_one_sentence(capsys, runs):
 def test_help_and_import_do_not_import_models():
     code = "import sys, lit_models; assert not {'torch', 'lightning', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
-    start = time.time()
     output = subprocess.run(
         [sys.executable, "-m", "lit_models", "fit", "--help"], check=True, capture_output=True, text=True
     )
     assert "--trainer.max_steps" in output.stdout
-    assert time.time() - start < 120  # a hang, not a slow machine

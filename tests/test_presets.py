@@ -47,8 +47,31 @@ def test_paper_models_parse_with_every_data_set(capsys, model):
     for name in data:
         config = parse(capsys, model, name, "trainer/fsdp2.yaml")
         arguments = config["model"]["init_args"]
-        assert arguments["lr_scheduler"]["init_args"]["total"] == config["trainer"]["max_steps"] > 0
+        assert arguments["lr_scheduler"]["init_args"]["total"] is None  # follows the length of the run
+        assert config["trainer"]["max_epochs"] >= 1
+        assert config["trainer"]["max_steps"] == -1
         assert config["data"]["init_args"]["tokenizer"] == arguments["tokenizer"]
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("sft/gemma-2b-webgpt.yaml", "model.init_args.optimizer.init_args.lr", 1e-4),
+        ("sft/gemma-7b-webgpt.yaml", "trainer.max_epochs", 5),
+        ("reward/gemma-2b-webgpt.yaml", "model.init_args.optimizer.init_args.lr", 2e-5),
+        ("reward/gemma-7b-hh.yaml", "data.init_args.batch_size", 8),
+        ("reward/gemma-7b-webgpt.yaml", "data.init_args.batch_size", 4),
+        ("ppo/gemma-7b-webgpt.yaml", "model.init_args.shapers.0.init_args.coef", 0.1),
+        ("ppo/gemma-7b-tldr.yaml", "model.init_args.shapers.0.init_args.coef", 0.01),
+    ],
+)
+def test_exceptions_of_the_table_override_one_value(capsys, name, key, value):
+    stage, file = name.split("/")
+    model, data = file.removesuffix(".yaml").rsplit("-", 1)
+    found = parse(capsys, f"{stage}/model-{model}.yaml", f"{stage}/data-{data}.yaml", name)
+    for part in key.split("."):
+        found = found[int(part) if part.isdigit() else part]
+    assert found == value
 
 
 @pytest.mark.parametrize("name", sorted((CONFIGS / "architectures").glob("*.json")), ids=lambda path: path.stem)

@@ -15,6 +15,9 @@ class _Warmup(LambdaLR):
     Every parameter group keeps its own base learning rate and may have its own warm-up, found by the group's `name`.
     """
 
+    needs_total = True
+    """Whether the multiplier depends on the length of the run even without a warm-up given as a share."""
+
     def __init__(self, optimizer: Optimizer, warmup: Warmup = 0, total: int | None = None) -> None:
         if total is not None and total < 1:
             raise ValueError(
@@ -36,17 +39,25 @@ class _Warmup(LambdaLR):
             raise ValueError(
                 f"lr_scheduler.warmup takes steps (int) or a share of total (float in [0, 1]), got {warmup}"
             )
-        if isinstance(warmup, float) and self.total is None:
-            raise ValueError("lr_scheduler.warmup is a share, which needs lr_scheduler.total; give steps instead")
-        steps = round(warmup * (self.total or 0)) if isinstance(warmup, float) else warmup
 
         def multiplier(step: int) -> float:
+            if step == 0:  # asked for at construction, when a total to be found by the module is not known yet
+                return 0.0 if warmup > 0 else self._decay(0.0)
+            steps = round(warmup * self._known_total()) if isinstance(warmup, float) else warmup
             if step < steps:
                 return step / steps
-            remaining = max(1, (self.total or step + 1) - steps)
-            return self._decay(min(1.0, (step - steps) / remaining))
+            if not self.needs_total:
+                return self._decay(0.0)
+            return self._decay(min(1.0, (step - steps) / max(1, self._known_total() - steps)))
 
         return multiplier
+
+    def _known_total(self) -> int:
+        if self.total is None:
+            raise ValueError(
+                "lr_scheduler.total is not set and no trainer knows it; give the number of optimizer steps"
+            )
+        return self.total
 
 
 class WarmupConstant(_Warmup):
@@ -55,11 +66,14 @@ class WarmupConstant(_Warmup):
     Args:
         optimizer: the optimizer to schedule.
         warmup: steps (int), share of `total` (float), or one of these per parameter-group name.
-        total: number of optimizer steps of the run; only needed when `warmup` is a share.
+        total: number of optimizer steps of the run, of which `warmup` may be a share; under a trainer, by default,
+            those it will take.
 
     Raises:
         ValueError: if `warmup` or `total` is out of range.
     """
+
+    needs_total = False
 
     def _decay(self, progress: float) -> float:
         return 1.0
@@ -71,13 +85,13 @@ class WarmupLinear(_Warmup):
     Args:
         optimizer: the optimizer to schedule.
         warmup: steps (int), share of `total` (float), or one of these per parameter-group name.
-        total: number of optimizer steps of the run.
+        total: number of optimizer steps of the run; under a trainer, by default, those it will take.
 
     Raises:
         ValueError: if `warmup` or `total` is out of range.
     """
 
-    def __init__(self, optimizer: Optimizer, total: int, warmup: Warmup = 0) -> None:
+    def __init__(self, optimizer: Optimizer, total: int | None = None, warmup: Warmup = 0) -> None:
         super().__init__(optimizer, warmup, total)
 
     def _decay(self, progress: float) -> float:
@@ -90,14 +104,14 @@ class WarmupCosine(_Warmup):
     Args:
         optimizer: the optimizer to schedule.
         warmup: steps (int), share of `total` (float), or one of these per parameter-group name.
-        total: number of optimizer steps of the run.
+        total: number of optimizer steps of the run; under a trainer, by default, those it will take.
         floor: final multiplier.
 
     Raises:
         ValueError: if `warmup` or `total` is out of range.
     """
 
-    def __init__(self, optimizer: Optimizer, total: int, warmup: Warmup = 0, floor: float = 0.0) -> None:
+    def __init__(self, optimizer: Optimizer, total: int | None = None, warmup: Warmup = 0, floor: float = 0.0) -> None:
         self.floor = floor
         super().__init__(optimizer, warmup, total)
 

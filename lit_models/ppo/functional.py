@@ -6,12 +6,13 @@ mask are 0 unless a function says otherwise; what the inputs hold there, even Na
 Sources: PPO (Schulman et al., 2017), GAE (Schulman et al., 2016), RLHF base.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from lit_models.nn.averaging import ema_ as ema_
 from lit_models.nn.logprobs import entropy as entropy
 from lit_models.nn.logprobs import gather_logprobs as gather_logprobs
 from lit_models.nn.logprobs import position_ids as position_ids
@@ -380,27 +381,6 @@ def adaptive_kl(coef: float, kl: float, episodes: int, target: float, horizon: f
     """
     error = min(max(kl / target - 1, -0.2), 0.2)
     return coef * (1 + error * episodes / horizon)
-
-
-@torch.no_grad()
-def ema_(average: Iterable[Tensor], online: Iterable[Tensor], decay: float) -> None:
-    """Move an average in place: average ← decay · average + (1 - decay) · online.
-
-    Args:
-        average: Tensors to change; float32, since a small step rounds away in 16 bits. Integer tensors are copied.
-        online: Tensors of the same shapes in the same order, in any floating dtype.
-        decay: Share of the old average that stays.
-    """
-    floats: list[Tensor] = []
-    targets: list[Tensor] = []
-    for old, new in zip(average, online, strict=True):
-        if old.is_floating_point():
-            floats.append(old)
-            targets.append(new.to(old.dtype))
-        else:
-            old.copy_(new)
-    if floats:
-        torch._foreach_lerp_(floats, targets, 1 - decay)
 
 
 def running_mean(previous: float | None, value: float, alpha: float) -> float:

@@ -14,10 +14,11 @@ from torch.optim import AdamW
 
 from lit_models.backbones import Backbone, has_adapters
 from lit_models.base import GroupOptions, LitBase, all_reduce_sum
+from lit_models.nn.logprobs import token_nll
 from lit_models.nn.sharding import Sharding
 from lit_models.ppo import steps
 from lit_models.ppo.advantages import GAE, AdvantageEstimator
-from lit_models.ppo.functional import adaptive_kl, gather_logprobs, masked_sum, position_ids
+from lit_models.ppo.functional import adaptive_kl, position_ids
 from lit_models.ppo.generation import Generator, RowNoise, Sampler
 from lit_models.ppo.metrics import (
     Meter,
@@ -210,6 +211,14 @@ class LitPPO(LitBase):
         """Settings of the two networks' parameter groups."""
         return {"actor": self.actor_group, "critic": self.critic_group}
 
+    def optimizer_steps(self) -> int:
+        """Optimizer steps of the run: those of a rollout for each batch of prompts."""
+        steps = super().optimizer_steps()
+        if self.trainer.max_steps > 0:
+            return steps  # the trainer's limit counts optimizer steps already
+        rows = self.samples_per_prompt * getattr(getattr(self.trainer, "datamodule", None), "batch_size", 1)
+        return steps * self.updates.epochs * -(-rows // (self.updates.minibatch_size or rows))
+
     def exported_models(self) -> "dict[str, PreTrainedModel]":
         """Actor, critic and the averaged actor."""
         models = {"actor": self.actor, "critic": self.critic.model}
@@ -356,14 +365,11 @@ class LitPPO(LitBase):
 
     def _ptx_loss(self, batch: Prompts, meter: Meter) -> Tensor:
         """Language-model loss on texts, averaged over their tokens on all processes."""
-        ids, mask, labels = batch["input_ids"], batch["attention_mask"], batch["labels"][:, 1:]
-        logits = self.actor(
-            input_ids=ids, attention_mask=mask, position_ids=position_ids(mask), use_cache=False
-        ).logits[:, :-1]
-        valid = (labels != -100).float()
-        losses = -gather_logprobs(logits, labels.clamp(min=0))
-        meter.add("policy/ptx_loss", losses, valid)
-        return masked_sum(losses, valid) * self.trainer.world_size / self.all_reduce(valid.sum()).clamp(min=1)
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        logits = self.actor(input_ids=ids, attention_mask=mask, position_ids=position_ids(mask), use_cache=False).logits
+        nll, counted = token_nll(logits, batch["labels"])
+        meter.add("policy/ptx_loss", nll, counted)
+        return nll.sum() * self.trainer.world_size / self.all_reduce(counted.sum().float()).clamp(min=1)
 
     def _clip_gradients(self) -> dict[str, float]:
         """Clip each network's gradient; returns the norms before clipping under their logged names."""
@@ -497,6 +503,7 @@ class LitPPO(LitBase):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the rollout counter and the KL coefficient."""
+        super().on_load_checkpoint(checkpoint)
         state = checkpoint.get("ppo", {})
         self.rollouts = state.get("rollouts", 0)
         self.kl_coef = state.get("kl_coef", self.kl_coef)

@@ -129,3 +129,11 @@ def test_evaluation_after_training_is_in_the_training_log(tmp_path):
     run.test(run.lightning_module, verbose=False)
     assert "test/loss" in rows(tmp_path)[-1]
     assert not (tmp_path / "test.csv").exists()
+
+
+def test_hyperparameters_may_hold_objects_inside_containers(tmp_path):
+    logger = AppendingCSVLogger(str(tmp_path))
+    logger.log_hyperparams({"rewards": [object()], "options": {"folder": tmp_path, "lr": 0.1}, "size": (1, 2)})
+    text = (tmp_path / "hparams.yaml").read_text()
+    assert str(tmp_path) in text
+    assert "lr: 0.1" in text

@@ -367,3 +367,35 @@ def test_two_processes_equal_one(tiny_lm, tiny_reward, tiny_tokenizer, tmp_path)
     for other in results[2]:
         for name in one:
             torch.testing.assert_close(one[name], other[name], atol=1e-5, rtol=1e-5)
+
+
+def test_average_of_the_actor_is_saved_loaded_and_exported(make, tmp_path):
+    model, run = make(), trainer(tmp_path)
+    model.enable_ema(0.9)
+    run.fit(model, loader())
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    loaded = LitBase.load_from_checkpoint(tmp_path / "a.ckpt")
+    assert loaded.rollouts == 3
+    assert_equal_weights(weights(model.ema), weights(loaded.ema))
+    assert any(not torch.equal(value, weights(model.actor)[name]) for name, value in weights(model.ema).items())
+    assert set(loaded.export_pretrained(tmp_path / "out")) == {"actor", "critic", "ema"}
+
+
+@pytest.mark.parametrize(
+    ("updates", "limits", "steps"),
+    [
+        (Updates(), {"max_epochs": 2}, 6),
+        (Updates(epochs=2, minibatch_size=4), {"max_epochs": 2}, 24),
+        (Updates(epochs=2, minibatch_size=3), {"max_epochs": 1}, 18),
+        (Updates(epochs=2), {"max_steps": 5, "max_epochs": None}, 5),
+    ],
+)
+def test_a_schedule_without_a_total_ends_with_the_run(make, tmp_path, updates, limits, steps):
+    model, run = make(updates=updates, lr_scheduler=partial(WarmupLinear, warmup=0.5)), trainer(tmp_path, **limits)
+    data = GlobalBatches(8)
+    data.batch_size = 8
+    run.fit(model, datamodule=data)
+    assert model.lr_schedulers().total == steps
+    if "max_steps" not in limits:
+        assert run.global_step == steps
+        assert model.optimizers().param_groups[0]["lr"] == 0.0
