@@ -4,7 +4,6 @@ A recipe is plain data, so it can be written in YAML, saved in a checkpoint and 
 """
 
 import copy
-import importlib.util
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ import torch
 from torch import nn
 
 import lit_models._compat  # noqa: F401  (must run before transformers models are imported)
+from lit_models.gguf import find_gguf
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -274,23 +274,7 @@ class FromGGUF(Backbone):
         Raises:
             ValueError: if there is no such file or package.
         """
-        if self.package is None:
-            if self.file is None or not Path(self.file).is_file():
-                raise ValueError(
-                    f"file: there is no GGUF file {self.file!r}; give its path, or the package that ships it"
-                )
-            return Path(self.file)
-        spec = importlib.util.find_spec(self.package)  # finds the folder without running the package's code
-        if spec is None or not spec.submodule_search_locations:
-            distribution = self.package.replace("_", "-")
-            raise ValueError(f"package: {self.package!r} is not installed; pip install {distribution}")
-        root = Path(next(iter(spec.submodule_search_locations)))
-        files = sorted(root.rglob(self.file or "*.gguf"))
-        if len(files) != 1:
-            raise ValueError(
-                f"file: package {self.package!r} holds {len(files)} files matching {self.file or '*.gguf'}; name one"
-            )
-        return files[0]
+        return find_gguf(self.file, self.package)
 
     def load(self) -> "PreTrainedModel":
         """Load the causal language model."""

@@ -96,17 +96,10 @@ def _asset(name: str) -> str:
     return asset_path(name)
 
 
-def _gguf(package: str) -> str:
-    from lit_models.backbones import FromGGUF
-
-    return str(FromGGUF(package=package).path())
-
-
 def prepare_process() -> None:
     """Settings of the process that every command needs: resolvers, quiet logs, offline-friendly defaults."""
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     OmegaConf.register_resolver("asset", _asset, replace=True)
-    OmegaConf.register_resolver("gguf", _gguf, replace=True)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers warn when forked by data-loader workers
     logging.getLogger("httpx").setLevel(logging.WARNING)
     from lit_models._quiet import quiet_trainer_tips

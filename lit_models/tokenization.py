@@ -1,7 +1,8 @@
 """One way to load a tokenizer, shared by models and data."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING
+
+from lit_models.gguf import find_gguf
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -11,7 +12,7 @@ def load_tokenizer(name: str, pad_token: str | None = None) -> "PreTrainedTokeni
     """Load a tokenizer whose padding and end-of-sequence tokens are usable for training.
 
     Args:
-        name: hub id, local folder, or GGUF file.
+        name: hub id, local folder, GGUF file, or `gguf:PACKAGE` for the GGUF file that an installed package ships.
         pad_token: token of the vocabulary used as padding instead of the tokenizer's own.
 
     Returns:
@@ -23,9 +24,14 @@ def load_tokenizer(name: str, pad_token: str | None = None) -> "PreTrainedTokeni
     """
     from transformers import AutoTokenizer
 
+    gguf = None
+    if name.startswith("gguf:"):
+        gguf = find_gguf(package=name.removeprefix("gguf:"))
+    elif name.endswith(".gguf"):
+        gguf = find_gguf(name)
     try:
-        if name.endswith(".gguf"):
-            tokenizer = AutoTokenizer.from_pretrained(str(Path(name).parent), gguf_file=Path(name).name)
+        if gguf is not None:
+            tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
         else:
             tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -136,3 +136,8 @@ def test_help_and_import_do_not_import_models():
         [sys.executable, "-m", "lit_models", "fit", "--help"], check=True, capture_output=True, text=True
     )
     assert "--trainer.max_steps" in output.stdout
+
+
+def test_a_package_that_is_not_installed_is_one_sentence(capsys):
+    text = message(capsys, "fit", "--config", "sft/smollm2.yaml", "--model.tokenizer=gguf:no_such_weights", *FAST)
+    assert text == "error: package: 'no_such_weights' is not installed; pip install no-such-weights"

@@ -157,7 +157,6 @@ class LitPPO(LitBase):
         """Build actor, critic, reference and the rewards' networks."""
         if self.actor is not None:
             return
-        import lit_models._compat  # noqa: F401
         from lit_models.nn.scoring import init_score_head
         from lit_models.tokenization import check_vocabulary, load_tokenizer
 
