@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
 from datamodules.loaders import Position, rank_and_world
@@ -40,13 +41,9 @@ class StreamedRows(IterableDataset[dict[str, Any]]):
         shuffle_buffer: int = 0,
         seed: int = 0,
     ) -> None:
-        from datasets.distributed import split_dataset_by_node
-
-        if shuffle_buffer:
-            rows = rows.shuffle(seed=seed, buffer_size=shuffle_buffer)
-        rank, world = rank_and_world()
-        self.rows = split_dataset_by_node(rows, rank, world)
-        self.encode, self.batch_size = encode, batch_size
+        self.rows, self.encode, self.batch_size = rows, encode, batch_size
+        self.shuffle_buffer, self.seed = shuffle_buffer, seed
+        self.rank, self.world = rank_and_world()
         self.position = Position()
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -54,13 +51,26 @@ class StreamedRows(IterableDataset[dict[str, Any]]):
         worker = get_worker_info()
         number, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
         skipped = self.position.batches
-        self.rows.set_epoch(self.position.epoch + self.position.pass_)
         for index, row in enumerate(islice(self._encoded(), skipped * self.batch_size, None)):
             if index // self.batch_size % workers == number:
                 yield row
 
+    def _ordered(self) -> "datasets.IterableDataset":
+        """This rank's rows in the order of the present pass.
+
+        The order comes from a seed of its own: the library's `set_epoch` adds to a number that all workers share, and
+        workers that start at the same time can add twice.
+        """
+        from datasets.distributed import split_dataset_by_node
+
+        rows = self.rows
+        if self.shuffle_buffer:
+            seeds = np.random.SeedSequence([self.seed, self.position.epoch, self.position.pass_])
+            rows = rows.shuffle(seed=int(seeds.generate_state(1)[0]), buffer_size=self.shuffle_buffer)
+        return split_dataset_by_node(rows, self.rank, self.world)
+
     def _encoded(self) -> Iterator[dict[str, Any]]:
         first = 0
-        for rows in chunks(self.rows, 256):
+        for rows in chunks(self._ordered(), 256):
             yield from self.encode(rows, list(range(first, first + len(rows))))
             first += len(rows)
