@@ -122,7 +122,8 @@ def distinct_bigrams(path: Path) -> dict[str, float]:
     texts: dict[int, list[str]] = {}
     for line in path.read_text().splitlines():
         row = json.loads(line)
-        texts.setdefault(row["step"], []).append(row["response"])
+        if row["split"] == "train":
+            texts.setdefault(row["step"], []).append(row["response"])
     steps = sorted(texts)
     shares = {}
     for name, chosen in (("first", steps[:3]), ("last", steps[-3:])):

@@ -29,6 +29,18 @@ class KLController(Callback):
             raise ValueError(f"callbacks.KLController.target and horizon must be positive, got {target} and {horizon}")
         self.target, self.horizon = target, horizon
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check that the module has a KL coefficient.
+
+        Raises:
+            TypeError: if it has none.
+        """
+        if stage == "fit" and not hasattr(pl_module, "adapt_kl"):
+            raise TypeError(
+                f"callbacks.KLController adapts the KL coefficient of PPO, and {type(pl_module).__name__} has none; "
+                "take it out of trainer.callbacks"
+            )
+
     def on_train_batch_end(
         self,
         trainer: Trainer,

@@ -44,7 +44,8 @@ class SampleTable(Callback):
     Args:
         every_n_steps: batches between two tables.
         num_rows: rows of each table.
-        filename: name of the JSONL file in the run's folder; each line holds `step` and the row.
+        filename: name of the JSONL file in the run's folder; each line holds `step`, the `split` ("train" or
+            "val") that the row is of, and the row.
         print_rows: also print each table.
 
     Note:
@@ -90,12 +91,12 @@ class SampleTable(Callback):
         """Write a table every `every_n_steps` batches."""
         self._batches += 1
         if self._batches % self.every_n_steps == 0:
-            self._write(trainer, pl_module)
+            self._write(trainer, pl_module, "train")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write a table of the newest validation batch, while training."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._write(trainer, pl_module)
+            self._write(trainer, pl_module, "val")
 
     def state_dict(self) -> dict[str, int]:
         """The number of batches seen."""
@@ -108,7 +109,7 @@ class SampleTable(Callback):
     def _path(self, trainer: Trainer) -> Path:
         return Path(trainer.log_dir or trainer.default_root_dir) / self.filename
 
-    def _write(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _write(self, trainer: Trainer, pl_module: LightningModule, split: str) -> None:
         path = self._path(trainer)
         if not trainer.is_global_zero:
             return
@@ -117,13 +118,14 @@ class SampleTable(Callback):
         if not rows:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
+        lines = [{"step": trainer.global_step, "split": split, **row} for row in rows]
         with path.open("a") as file:
-            file.writelines(json.dumps({"step": trainer.global_step, **row}, ensure_ascii=False) + "\n" for row in rows)
+            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         if self.print_rows:
-            print_table(rows, f"step {trainer.global_step}")
+            print_table(rows, f"step {trainer.global_step}, {split}")
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_text("samples", markdown_table(rows), trainer.global_step)
+                logger.experiment.add_text(f"samples/{split}", markdown_table(rows), trainer.global_step)
 
 
 class PredictionWriter(BasePredictionWriter):

@@ -100,6 +100,8 @@ class TextData(LitData):
         train_split: training split or slice, e.g. `train[:95%]`.
         val_split: validation split or slice; None validates nothing.
         test_split: test split or slice; None tests nothing. Prediction uses it, or else the validation split.
+        val_fraction: share of `train_split` that a shuffle with the seed holds out for validation, instead of a
+            `val_split`.
         stage_fractions: shares of the stages of a pipeline; the training and validation rows are divided among them.
         stage: number of this stage, from 0.
         limit_train: use only the first rows of the training split (of this stage).
@@ -126,6 +128,7 @@ class TextData(LitData):
         train_split: str = "train",
         val_split: str | None = None,
         test_split: str | None = None,
+        val_fraction: float | None = None,
         stage_fractions: list[float] | None = None,
         stage: int = 0,
         limit_train: int | None = None,
@@ -139,13 +142,21 @@ class TextData(LitData):
         seed: int = 1234,
     ) -> None:
         super().__init__(batch_size, val_batch_size, num_workers, seed)
-        if streaming and stage_fractions is not None:
-            raise ValueError("data.stage_fractions: a stream has no length to divide; set data.streaming to false")
+        for key, value in (("stage_fractions", stage_fractions), ("val_fraction", val_fraction)):
+            if streaming and value is not None:
+                raise ValueError(f"data.{key}: a stream has no length to divide; set data.streaming to false")
+        if val_fraction is not None and not 0 < val_fraction < 1:
+            raise ValueError(f"data.val_fraction must lie between 0 and 1, got {val_fraction}")
+        if val_fraction is not None and val_split is not None:
+            raise ValueError("data.val_fraction and data.val_split both say what to validate on; remove one of them")
         self.path, self.name, self.data_files = path, name, data_files
         self.tokenizer = load_tokenizer(tokenizer, pad_token)
         self.pad_id = int(self.tokenizer.pad_token_id)
         self.format_name: FormatName = format
         self.prompt_template, self.response_template = prompt_template, response_template
+        self.val_fraction = val_fraction
+        if val_fraction is not None:
+            val_split = train_split
         self.split_names: dict[Split, str | None] = {
             "train": train_split,
             "val": val_split,
@@ -208,9 +219,16 @@ class TextData(LitData):
         name = self.split_names[split]
         if name is None:
             return None
-        rows = self.rows(name)
+        rows = self._hold_out(self.rows(name), split)
         require_columns(rows, self._required())
         return self._stream(rows, split) if self.streaming else self._encode_all(rows, split)
+
+    def _hold_out(self, rows: Any, split: Split) -> Any:  # noqa: ANN401
+        """The part of the training rows that a split may see, where `val_fraction` divides them."""
+        if self.val_fraction is None or (split == "predict" and self.split_names["test"]) or split == "test":
+            return rows
+        parts = rows.train_test_split(self.val_fraction, seed=self.seed)
+        return parts["train" if split == "train" else "test"]
 
     def _required(self) -> dict[str, str]:
         """Configuration key -> column."""

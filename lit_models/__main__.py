@@ -5,6 +5,8 @@ import sys
 import traceback
 from pathlib import Path
 
+from lit_models._help import asks_for_help, show_help
+
 OURS = ("lit_models", "datamodules", "callbacks")
 
 
@@ -32,10 +34,19 @@ def main(args: list[str] | None = None) -> None:
     Args:
         args: arguments after the program's name; those of the process by default.
     """
-    from lit_models.cli import main as run
+    command = sys.argv[1:] if args is None else args
+    if asks_for_help(command):
+        show_help(command, lambda: run(args))
+    else:
+        run(args)
+
+
+def run(args: list[str] | None) -> None:
+    """Run one command, as `main` does, without the shortcut for help pages."""
+    from lit_models.cli import main as run_cli
 
     try:
-        run(args)
+        run_cli(args)
     except (ValueError, TypeError, ImportError, OSError, FloatingPointError) as error:
         own = own_error(error)
         if own is None or os.environ.get("LIT_MODELS_TRACEBACK"):

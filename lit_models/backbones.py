@@ -17,6 +17,7 @@ from torch import nn
 
 import lit_models._compat  # noqa: F401  (must run before transformers models are imported)
 from lit_models.gguf import find_gguf
+from lit_models.nn.activations import fuse_gelu
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -128,6 +129,7 @@ class Backbone(ABC):
         return TokenScorer(self._finish(self.load_scorer()))
 
     def _finish(self, model: "PreTrainedModel") -> "PreTrainedModel":
+        fuse_gelu(model)
         model.requires_grad_(True)  # averages and merged adapters of a checkpoint come frozen
         if self.lora is not None:
             self.lora.apply(model)

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import importlib
 import inspect
+import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from torch.optim import Optimizer
 
 from lit_models.backbones import has_adapters
 from lit_models.nn.averaging import ema_
-from lit_models.nn.sharding import Sharding, shard
+from lit_models.nn.sharding import Sharding, merge_shards, shard
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -247,7 +248,7 @@ class LitBase(LightningModule):
         """Rebuild the module a checkpoint was written by, whichever subclass it is.
 
         Args:
-            checkpoint_path: checkpoint file.
+            checkpoint_path: checkpoint file, or folder of a sharded checkpoint.
             *args: see `LightningModule.load_from_checkpoint`.
             **kwargs: see `LightningModule.load_from_checkpoint`; hyperparameters given here replace those in the file.
 
@@ -257,6 +258,10 @@ class LitBase(LightningModule):
         Raises:
             CheckpointMismatchError: if another class wrote the checkpoint.
         """
+        if Path(checkpoint_path).is_dir():
+            with tempfile.TemporaryDirectory() as folder:
+                whole = merge_shards(Path(checkpoint_path), Path(folder) / "whole.ckpt")
+                return cls.load_from_checkpoint(whole, *args, **kwargs)
         saved = torch.load(checkpoint_path, map_location="cpu", weights_only=True, mmap=True)
         path = saved.get(cls.CHECKPOINT_HYPER_PARAMS_KEY, {}).get("_class_path", "")
         module, _, name = path.rpartition(".")

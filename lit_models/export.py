@@ -92,7 +92,7 @@ def export_checkpoint(path: str | Path, directory: str | Path) -> dict[str, Path
     """Write the networks of a Lightning checkpoint as Hugging Face folders.
 
     Args:
-        path: checkpoint file.
+        path: checkpoint file, or folder of a sharded checkpoint.
         directory: parent of the folders.
 
     Returns:
@@ -106,11 +106,6 @@ def export_checkpoint(path: str | Path, directory: str | Path) -> dict[str, Path
     kind = kind_of(Path(path))
     if kind == "huggingface":
         raise ValueError(f"{path} already is a Hugging Face folder; load it with from_pretrained")
-    if kind == "sharded":
-        raise ValueError(
-            f"{path} is a sharded checkpoint; first merge it into one file with "
-            "torch.distributed.checkpoint.format_utils"
-        )
     if kind == "unknown":
         raise ValueError(f"there is no checkpoint at {path}")
     module = LitBase.load_from_checkpoint(path, map_location="cpu")
@@ -122,7 +117,7 @@ def main(args: list[str] | None = None) -> None:
     import argparse
 
     parser = argparse.ArgumentParser(prog="python -m lit_models.export", description=__doc__)
-    parser.add_argument("checkpoint", help="Lightning checkpoint file")
+    parser.add_argument("checkpoint", help="Lightning checkpoint: a file, or a folder of shards")
     parser.add_argument("folder", help="where to write one folder per network")
     options = parser.parse_args(args)
     try:

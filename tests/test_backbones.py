@@ -335,3 +335,23 @@ def test_adapters_without_peft_say_what_to_install(tiny_lm, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ImportError, match=r"pip install 'lit-models\[lora\]'"):
         FromPretrained(str(tiny_lm), lora=LoRA()).build()
+
+
+# -- activations -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("activation", ["gelu_new", "gelu_fast"])
+def test_composed_activations_run_in_one_kernel_with_the_same_results(activation, rows):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    plain = GPT2LMHeadModel(GPT2Config(**GPT2, activation_function=activation))
+    fused = FromModule(plain).build()
+    assert type(plain.transformer.h[0].mlp.act).__name__.endswith("GELUActivation")
+    assert type(fused.transformer.h[0].mlp.act) is torch.nn.GELU
+    assert fused.config.activation_function == activation
+    torch.testing.assert_close(logits(fused, rows), logits(plain, rows), rtol=1e-5, atol=1e-6)
+
+
+def test_other_activations_stay_what_they_are(tiny_lm):
+    model = FromPretrained(str(tiny_lm)).build()
+    assert type(model.model.layers[0].mlp.act_fn).__name__ in ("SiLU", "SiLUActivation")

@@ -1,4 +1,4 @@
-"""FSDP2 (`fully_shard`) on two CPU processes over gloo: train, save, resume, export."""
+"""FSDP2 (`fully_shard`) on two CPU processes over gloo: equality with one process, save, resume, export."""
 
 import os
 import subprocess
@@ -15,31 +15,70 @@ trainer:
   devices: 2
   strategy:
     class_path: lightning.pytorch.strategies.ModelParallelStrategy
-    init_args: {data_parallel_size: 2, tensor_parallel_size: 1, save_distributed_checkpoint: false}
+    init_args: {{data_parallel_size: 2, tensor_parallel_size: 1, save_distributed_checkpoint: {sharded}}}
 """
+QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
+PPO = ["-m", "lit_models", "fit", "--config", "ppo/tiny.yaml"]
+
+
+def run(folder, port, *args):
+    """A command of Python; with a port, in two processes of torch's launcher that meet there."""
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"] if port else []
+    environment = os.environ | {"LIT_RUNS": str(folder), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, *launcher, *args]
+    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def strategy(folder, sharded):
+    path = folder / "fsdp2.yaml"
+    path.write_text(STRATEGY.format(sharded=str(sharded).lower()))
+    return ["--config", str(path)]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["ppo/tiny.yaml"])
-def test_sharded_run_saves_resumes_and_exports(name, tmp_path, free_port):
-    (tmp_path / "fsdp2.yaml").write_text(STRATEGY)
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port}",
-        "-m", "lit_models", "fit", "--config", name, "--config", str(tmp_path / "fsdp2.yaml"),
-        "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false",
-    ]  # fmt: skip
-    environment = os.environ | {"LIT_RUNS": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    run = [
-        subprocess.run([*command, *more], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-        for more in (["--trainer.max_steps=6"], ["--ckpt_path=last"])
-    ]
-    assert [result.returncode for result in run] == [0, 0], run[0].stderr[-3000:] + run[1].stderr[-3000:]
-    saved = torch.load(tmp_path / "ppo-tiny/checkpoints/last.ckpt", weights_only=True)
+def test_sharded_run_equals_one_process_resumes_and_exports(tmp_path, free_port):
+    pair, single = tmp_path / "pair", tmp_path / "single"
+    pair.mkdir()
+    single.mkdir()
+    two = [*PPO, *strategy(pair, sharded=False), "--data.init_args.batch_size=4", *QUIET]
+    run(pair, free_port, *two, "--trainer.max_steps=6")
+    run(single, None, *PPO, "--data.init_args.batch_size=8", *QUIET, "--trainer.max_steps=6")
+    files = [folder / "ppo-tiny/checkpoints/last.ckpt" for folder in (pair, single)]
+    sharded, whole = (torch.load(path, weights_only=True)["state_dict"] for path in files)
+    assert sharded.keys() == whole.keys()
+    for key, value in whole.items():
+        torch.testing.assert_close(sharded[key], value, atol=1e-5, rtol=1e-5)
+
+    run(pair, free_port, *two, "--ckpt_path=last")
+    saved = torch.load(files[0], weights_only=True)
     assert saved["global_step"] == 12
     assert saved["ppo"]["rollouts"] == 12
     assert {key.split(".")[0] for key in saved["state_dict"]} == {"actor", "critic", "reference"}
     from transformers import AutoModelForCausalLM
 
-    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "ppo-tiny/export/actor").state_dict()
+    exported = AutoModelForCausalLM.from_pretrained(pair / "ppo-tiny/export/actor").state_dict()
     for key, value in exported.items():
         assert torch.equal(value, saved["state_dict"][f"actor.{key}"]), key
+
+
+@pytest.mark.slow
+def test_a_checkpoint_in_shards_resumes_and_exports_as_an_uninterrupted_run(tmp_path, free_port):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    whole.mkdir()
+    broken.mkdir()
+    options = [*strategy(tmp_path, sharded=True), "--data.init_args.batch_size=4", *QUIET]
+    run(whole, free_port, *PPO, *options)
+    run(broken, free_port, *PPO, *options, "--trainer.max_steps=6")
+    run(broken, free_port, *PPO, *options, "--ckpt_path=last")
+    last = broken / "ppo-tiny/checkpoints/last.ckpt"
+    assert last.is_dir()
+    run(broken, None, "-m", "lit_models.export", str(last), str(broken / "out"))
+    from safetensors.torch import load_file
+
+    weights = [
+        load_file(folder / "actor/model.safetensors") for folder in (whole / "ppo-tiny/export", broken / "out")
+    ]
+    assert weights[0].keys() == weights[1].keys()
+    for key, value in weights[0].items():
+        assert torch.equal(value, weights[1][key]), key

@@ -1,6 +1,7 @@
 """Sharding of networks with FSDP2 (`fully_shard`) under Lightning's ModelParallelStrategy."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -65,3 +66,29 @@ def shard(network: nn.Module, mesh: "DeviceMesh | None", options: Sharding) -> n
     if options.compile:
         network.compile()
     return network
+
+
+def merge_shards(folder: Path, file: Path) -> Path:
+    """Write a checkpoint that Lightning saved in shards as one file.
+
+    Args:
+        folder: the sharded checkpoint; it must fit in memory.
+        file: where to write.
+
+    Returns:
+        The file.
+
+    Raises:
+        ValueError: if the folder holds no sharded checkpoint.
+    """
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    extra = folder / "meta.pt"  # what Lightning keeps beside the tensors: hyperparameters, loops, callbacks
+    if not extra.is_file():
+        raise ValueError(f"{folder} is a folder, but not one with a sharded checkpoint")
+    dcp_to_torch_save(folder, file)
+    tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    rest = torch.load(extra, map_location="cpu", weights_only=True)
+    merged = file.with_suffix(".merged")
+    torch.save(tensors | rest, merged)
+    return merged.replace(file)

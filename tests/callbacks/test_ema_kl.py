@@ -52,6 +52,12 @@ class TestKLController:
         with pytest.raises(ValueError, match=r"callbacks\.KLController\.target and horizon must be positive"):
             KLController(**options)
 
+    def test_a_module_without_a_coefficient_is_an_error(self, tmp_path):
+        from lightning.pytorch.demos.boring_classes import BoringModel
+
+        with pytest.raises(TypeError, match=r"callbacks\.KLController .* BoringModel has none"):
+            trainer(tmp_path, callbacks=[KLController(target=6.0)]).fit(BoringModel())
+
 
 def stopped_at(folder, callback, kls, ckpt_path=None):
     """Step that a run ends with, for the KL of each rollout; after these it is 0."""

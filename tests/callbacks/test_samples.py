@@ -20,12 +20,13 @@ def test_writes_rows_every_n_batches_across_epochs(tmp_path):
     steps = table_steps(tmp_path, SampleTable(every_n_steps=4, num_rows=2), limit_val_batches=0)
     assert steps == [4, 4, 8, 8, 12, 12]
     first = json_lines(tmp_path / "samples.jsonl")[0]
-    assert first == {"step": 4, "prompt": "p0|4", "response": "two\nlines", "score": 0.0}
+    assert first == {"step": 4, "split": "train", "prompt": "p0|4", "response": "two\nlines", "score": 0.0}
 
 
 def test_writes_rows_after_validation(tmp_path):
     steps = table_steps(tmp_path, SampleTable(every_n_steps=100, num_rows=1, filename="a.jsonl"))
     assert steps == [6, 12]
+    assert [row["split"] for row in json_lines(tmp_path / "a.jsonl")] == ["val", "val"]
 
 
 def test_rows_are_printed_where_asked_for(tmp_path, capsys):
@@ -33,7 +34,7 @@ def test_rows_are_printed_where_asked_for(tmp_path, capsys):
     model.samples = lambda: [{"response": "[red]two", "score": 1 / 3}]
     trainer(tmp_path, callbacks=[SampleTable(1, 1, print_rows=True)], max_steps=1).fit(model)
     printed = capsys.readouterr().out
-    assert "step 1" in printed
+    assert "step 1, train" in printed
     assert "[red]two" in printed
     assert "0.333" in printed
 
@@ -45,7 +46,7 @@ def test_tables_go_to_tensorboard(tmp_path):
     logger = TensorBoardLogger(tmp_path, name="", version="")
     trainer(tmp_path, callbacks=[SampleTable(2, 1)], logger=logger, max_steps=4).fit(Tiny())
     events = EventAccumulator(logger.log_dir).Reload()
-    texts = events.Tensors("samples/text_summary")
+    texts = events.Tensors("samples/train/text_summary")
     assert [event.step for event in texts] == [2, 4]
     assert texts[0].tensor_proto.string_val[0].decode().startswith("| prompt | response | score |\n")
 

@@ -198,6 +198,38 @@ def test_nothing_for_a_stage(write, words):
             loader[stage]()
 
 
+def test_held_out_rows_are_drawn_with_the_seed(write, words):
+    from datasets import Dataset
+
+    rows = [{"prompt": letter} for letter in "abcdefghij"]
+    path = write(rows)
+
+    def letters(data, split):
+        data.setup("fit")
+        return [row["ids"][-1] - 4 for row in data.datasets[split]]
+
+    expected = Dataset.from_list([{"n": n} for n in range(10)]).train_test_split(0.25, seed=7)
+    data = PromptData(path, words, val_fraction=0.25, seed=7)
+    assert letters(data, "val") == expected["test"]["n"]
+    assert letters(data, "train") == expected["train"]["n"]
+    assert sorted(letters(data, "train") + letters(data, "val")) == list(range(10))
+    other = PromptData(path, words, val_fraction=0.25, seed=8)
+    assert letters(other, "val") != letters(data, "val")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"val_fraction": 1.0}, r"data\.val_fraction must lie between 0 and 1, got 1\.0"),
+        ({"val_fraction": 0.1, "val_split": "train"}, r"data\.val_fraction and data\.val_split both say"),
+        ({"val_fraction": 0.1, "streaming": True}, r"data\.val_fraction: a stream has no length"),
+    ],
+)
+def test_contradicting_validation_is_refused(write, words, options, message):
+    with pytest.raises(ValueError, match=message):
+        PromptData(write([{"prompt": "a"}]), words, **options)
+
+
 def test_empty_data(write, words):
     with pytest.raises(ValueError, match="has no usable row; it is empty"):
         PromptData(write([{"prompt": "a"}]), words, limit_train=0).setup("fit")
