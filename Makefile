@@ -33,6 +33,7 @@ $(STAMP): pyproject.toml constraints.txt
 	  $(BIN)/uv pip install --quiet --python $(BIN)/python --torch-backend cpu "torch==$(TORCH)"; \
 	fi
 	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --constraint constraints.txt --editable ".[test]"
+	$(BIN)/lit-models fit --help >/dev/null  # remembered, so that the next one is instant
 	touch $(STAMP)
 
 clean:

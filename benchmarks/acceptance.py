@@ -102,7 +102,20 @@ def a4(root: Path, seed: int) -> dict[str, float]:
         "  - callbacks.ExportPretrained\n"
     )
     measured = ppo(root, seed, "a4", "--config", str(weak), *more)
+    history = rows(root / "ppo-a4", "kl/ref")
+    measured |= {
+        "kl/ref highest": max(float(row["kl/ref"]) for row in history),
+        "score of the best response": max(float(row["score/max"]) for row in history),
+        "score of the best human sentence": best_human_score(root),
+    }
     return measured | distinct_bigrams(root / "ppo-a4/samples.jsonl")
+
+
+def best_human_score(root: Path) -> float:
+    """Normalised score of the human sentence that the reward model likes best: about where the model saturates."""
+    module = LitRewardModel.load_from_checkpoint(root / "reward-snippets/checkpoints/last.ckpt").eval()
+    scores = module.score_texts([snippet.text for snippet in load_snippets()], batch_size=200)
+    return float((scores.max() - module.reward_mean) / module.reward_std)
 
 
 def f(root: Path, seed: int) -> dict[str, float]:

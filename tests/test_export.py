@@ -144,7 +144,11 @@ def test_other_paths_are_refused_with_advice(tiny_lm, tmp_path, capsys):
     kinds = {tiny_lm: "huggingface", tmp_path / "sharded": "sharded", tmp_path: "unknown", tmp_path / "x": "unknown"}
     assert {path: kind_of(path) for path in kinds} == kinds
     assert kind_of(tmp_path / "file.ckpt") == "lightning"
-    for path, words in [(tiny_lm, "already is"), (tmp_path / "sharded", "but not one with a sharded"), (tmp_path / "x", "no checkpoint at")]:
+    for path, words in [
+        (tiny_lm, "already is"),
+        (tmp_path / "sharded", "but not one with a sharded"),
+        (tmp_path / "x", "no checkpoint at"),
+    ]:
         with pytest.raises(ValueError, match=words):
             export_checkpoint(path, tmp_path / "out")
     with pytest.raises(SystemExit, match="error: there is no checkpoint at"):

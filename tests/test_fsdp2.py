@@ -76,9 +76,7 @@ def test_a_checkpoint_in_shards_resumes_and_exports_as_an_uninterrupted_run(tmp_
     run(broken, None, "-m", "lit_models.export", str(last), str(broken / "out"))
     from safetensors.torch import load_file
 
-    weights = [
-        load_file(folder / "actor/model.safetensors") for folder in (whole / "ppo-tiny/export", broken / "out")
-    ]
+    weights = [load_file(folder / "actor/model.safetensors") for folder in (whole / "ppo-tiny/export", broken / "out")]
     assert weights[0].keys() == weights[1].keys()
     for key, value in weights[0].items():
         assert torch.equal(value, weights[1][key]), key

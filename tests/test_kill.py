@@ -5,6 +5,7 @@ import os
 import random
 import resource
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -44,9 +45,8 @@ def child(folder, args, limit=None):
     if limit is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    with open(folder / "stderr.txt", "a") as errors:
-        os.dup2(errors.fileno(), 2)
-        main(args)
+    sys.stderr = (folder / "stderr.txt").open("a")
+    main(args)
 
 
 def start(folder, args, limit=None):
