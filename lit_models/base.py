@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from lit_models.backbones import has_adapters
 from lit_models.nn.averaging import ema_
+from lit_models.nn.groups import GroupOptions as GroupOptions
 from lit_models.nn.sharding import Sharding, merge_shards, shard
 
 if TYPE_CHECKING:
@@ -27,23 +28,6 @@ if TYPE_CHECKING:
 
 class CheckpointMismatchError(ValueError):
     """A checkpoint does not belong to the module it is loaded into."""
-
-
-@dataclasses.dataclass
-class GroupOptions:
-    """Settings of one network's parameter groups that differ from the optimizer's own.
-
-    Args:
-        lr: base learning rate.
-        weight_decay: decay of matrices; biases and norms never decay.
-    """
-
-    lr: float | None = None
-    weight_decay: float | None = None
-
-    def values(self) -> dict[str, float]:
-        """The settings that were given."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
 
 
 class LitBase(LightningModule):

@@ -6,6 +6,7 @@ __getattr__, __dir__, __all__ = attach(
     __name__,
     {
         "AdvantageEstimator": "advantages",
+        "Curiosity": "curiosity",
         "FunctionReward": "rewards",
         "GAE": "advantages",
         "Generation": "generation",
@@ -14,6 +15,7 @@ __getattr__, __dir__, __all__ = attach(
         "HuggingFaceGenerate": "generation",
         "KLPenalty": "shapers",
         "LitPPO": "module",
+        "MacroGAE": "macro",
         "PPOLoss": "steps",
         "Reward": "rewards",
         "RewardModel": "rewards",

@@ -3,17 +3,29 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
 from lit_models.ppo.functional import gae, whiten
 from lit_models.ppo.rollout import Rollout
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 AllReduce = Callable[[Tensor], Tensor]
 
 
 class AdvantageEstimator(ABC):
-    """Turns the rewards and values of a rollout into advantages and returns."""
+    """Turns the rewards and values of a rollout into advantages and returns.
+
+    An estimator with `compat = "official"` asks the module for the settings of the released code of MA-RLHF.
+    """
+
+    compat: Literal["official"] | None = None
+
+    def prepare(self, tokenizer: "PreTrainedTokenizerBase") -> None:  # noqa: B027 (nothing to do by default)
+        """Take what is needed from the tokenizer, once, before training."""
 
     @abstractmethod
     def estimate(

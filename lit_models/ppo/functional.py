@@ -206,8 +206,18 @@ def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
     return masked_sum(x, mask, dim) / mask.float().sum(dim).clamp(min=1)
 
 
-def _moments(x: Tensor, valid: Tensor, all_reduce: AllReduce) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance over all ranks, in two passes so that a large mean costs no digits."""
+def masked_moments(x: Tensor, mask: Tensor, all_reduce: AllReduce | None = None) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance over the valid columns, in two passes so that a large mean costs no digits.
+
+    Args:
+        x: (B, R).
+        mask: (B, R).
+        all_reduce: Sums a tensor over all ranks and returns it; None takes this process alone. It is called twice.
+
+    Returns:
+        float64 scalars (float32 where there is no float64).
+    """
+    valid, all_reduce = mask.bool(), all_reduce or _same
     wide = torch.where(valid, _wide(x), 0.0)
     count, total = all_reduce(torch.stack([_wide(valid.sum()), wide.sum()]))
     count = count.clamp(min=1)
@@ -227,7 +237,7 @@ def masked_var(x: Tensor, mask: Tensor, all_reduce: AllReduce | None = None) -> 
     Returns:
         float32 scalar.
     """
-    return _moments(x, mask.bool(), all_reduce or _same)[1].float()
+    return masked_moments(x, mask, all_reduce)[1].float()
 
 
 @torch.no_grad()
@@ -247,7 +257,7 @@ def whiten(
         (B, R) float32.
     """
     valid = mask.bool()
-    mean, variance = _moments(x, valid, all_reduce or _same)
+    mean, variance = masked_moments(x, mask, all_reduce)
     scaled = (_wide(x) - mean) * (variance + eps).rsqrt()
     return torch.where(valid, scaled if shift_mean else scaled + mean, 0.0).float()
 

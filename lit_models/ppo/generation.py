@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lit_models.ppo.functional import position_ids, response_mask
+from lit_models.ppo.gate import Gate, GateRecorder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -34,22 +35,27 @@ class RowNoise:
     rank: int = 0
     world_size: int = 1
 
-    def generator(self) -> torch.Generator:
-        """The CPU generator behind the numbers of this rollout."""
-        return torch.Generator().manual_seed(self.seed * 1_000_003 + self.rollout)
+    def generator(self, stream: int = 0) -> torch.Generator:
+        """The CPU generator behind the numbers of this rollout; each stream has its own."""
+        return torch.Generator().manual_seed(self.seed * 1_000_003 + self.rollout + stream * 15_485_863_001)
 
-    def uniforms(self, length: int) -> Tensor:
-        """(B,length) float32 in [0, 1) for the rows of this process."""
-        numbers = torch.rand(self.total, self.samples, length, generator=self.generator())
+    def uniforms(self, length: int, stream: int = 0) -> Tensor:
+        """(B,length) float32 in [0, 1) for the rows of this process; stream 0 is that of sampling."""
+        numbers = torch.rand(self.total, self.samples, length, generator=self.generator(stream))
         return numbers[self.rank :: self.world_size].flatten(0, 1)
 
 
 class Generation(NamedTuple):
-    """Sampled responses: ids (B,R) int64, mask (B,R) float32, and whether each row ended by itself (B,) bool."""
+    """Sampled responses.
+
+    Ids (B,R) int64, mask (B,R) float32, whether each row ended by itself (B,) bool, and where the generator has a gate
+    what it decided, (B,R) bool.
+    """
 
     response_ids: Tensor
     response_mask: Tensor
     ended: Tensor
+    gate: Tensor | None = None
 
 
 class Generator(ABC):
@@ -62,6 +68,8 @@ class Generator(ABC):
     temperature: float = 1.0
     truncates: bool = False
     """Whether tokens are ruled out (top-k, top-p), so that samples don't follow the policy's own distribution."""
+    gate: Gate | None = None
+    """Marks tokens while they are sampled; set by the module where a shaper needs it."""
 
     def prepare(self, tokenizer: "PreTrainedTokenizerBase") -> None:  # noqa: B027 (nothing to do by default)
         """Take what is needed from the tokenizer, once, before training."""
@@ -161,6 +169,7 @@ class Sampler(Generator):
         position = prompt_mask.sum(1, keepdim=True)
         response = prompt_ids.new_full((rows, self.max_new_tokens), self._pad)
         alive = prompt_mask.new_zeros(rows, self.max_new_tokens)
+        marks = prompt_mask.new_zeros(rows, self.max_new_tokens, dtype=torch.bool)
         done = torch.zeros(rows, dtype=torch.bool, device=device)
         output = model(
             input_ids=prompt_ids,
@@ -177,6 +186,8 @@ class Sampler(Generator):
             token = self.pick(logits, uniforms[:, step]).masked_fill(done, self._pad)
             response[:, step] = token
             alive[:, step] = ~done
+            if self.gate is not None:
+                marks[:, step] = self.gate(logits, token) & ~done
             done = done | torch.isin(token, eos) | self._stopped(response[:, : step + 1])
             if all_done(bool(done.all())):
                 length = step + 1
@@ -190,7 +201,7 @@ class Sampler(Generator):
                     **_cache(output),
                 )
         kept = alive[:, :length].float()
-        return Generation(response[:, :length], kept, done)
+        return Generation(response[:, :length], kept, done, None if self.gate is None else marks[:, :length])
 
     def pick(self, logits: Tensor, uniform: Tensor) -> Tensor:
         """Choose a token per row by inverting the cumulative distribution.
@@ -269,15 +280,21 @@ class HuggingFaceGenerate(Generator):
             pad_token_id=self._pad,
             **({"top_k": 0} | self.options),
         )
+        recorder = None if self.gate is None else GateRecorder(self.gate)
         devices = [prompt_ids.device] if prompt_ids.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(noise.generator().initial_seed() * 8191 + noise.rank)
             ids = model.generate(  # type: ignore[operator]
-                prompt_ids, attention_mask=prompt_mask, generation_config=config, synced_gpus=all_done is not bool
+                prompt_ids,
+                attention_mask=prompt_mask,
+                generation_config=config,
+                synced_gpus=all_done is not bool,
+                logits_processor=None if recorder is None else [recorder],
             )
         response = ids[:, prompt_ids.shape[1] :]
         mask = response_mask(response, [self._eos])
-        return Generation(response, mask, (response == self._eos).any(1))
+        marks = None if recorder is None else recorder.marks(response[:, -1]) & mask.bool()
+        return Generation(response, mask, (response == self._eos).any(1), marks)
 
 
 def _cache(output: Any) -> dict[str, Any]:  # noqa: ANN401

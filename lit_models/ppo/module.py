@@ -5,6 +5,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -15,11 +16,12 @@ from torch.optim import AdamW
 from lit_models.backbones import Backbone, has_adapters
 from lit_models.base import GroupOptions, LitBase, all_reduce_sum
 from lit_models.nn.logprobs import token_nll
-from lit_models.nn.sharding import Sharding
+from lit_models.nn.sharding import Sharding, shard
 from lit_models.ppo import steps
 from lit_models.ppo.advantages import GAE, AdvantageEstimator
-from lit_models.ppo.functional import adaptive_kl, position_ids
+from lit_models.ppo.functional import adaptive_kl, masked_sum, position_ids
 from lit_models.ppo.generation import Generator, RowNoise, Sampler
+from lit_models.ppo.macro.view import macro_texts
 from lit_models.ppo.metrics import (
     Meter,
     add_losses,
@@ -118,6 +120,14 @@ class LitPPO(LitBase):
         super().__init__(optimizer, lr_scheduler, sharding)
         self.save_hyperparameters()
         self.automatic_optimization = False
+        if advantage.compat == "official":
+            scores, loss = replace(scores, position="last_token"), replace(loss, norm="sequence")
+            logprob_temperature = 1.0
+        if loss.needs_segments and isinstance(advantage, GAE):
+            raise ValueError(
+                "model.loss.ratio and model.loss.value_loss: macro needs macro actions; set model.advantage to "
+                "lit_models.ppo.MacroGAE"
+            )
         if not rewards:
             raise ValueError("model.rewards is empty; name at least one reward")
         self.actor_source, self.critic_source, self.reference_source = actor, critic, reference
@@ -127,6 +137,8 @@ class LitPPO(LitBase):
         self.scores, self.advantage, self.loss, self.updates = scores, advantage, loss, updates
         self.actor_group, self.critic_group = actor_group, critic_group
         self.temperature = logprob_temperature or generator.temperature or 1.0
+        self.generator.gate = self._single_need("gate", [s.needed_gate(generator.temperature) for s in self.shapers])
+        self.states = self._single_need("states", [shaper.needed_states() for shaper in self.shapers])
         self.zero_critic_head, self.critic_warmup_rollouts, self.ptx_coef = (
             zero_critic_head,
             critic_warmup_rollouts,
@@ -151,6 +163,14 @@ class LitPPO(LitBase):
                 stacklevel=2,
             )
 
+    @staticmethod
+    def _single_need(key: str, wanted: list[Any]) -> Any:  # noqa: ANN401
+        """What the shapers ask of sampling and scoring, on which they must agree."""
+        needs = [need for need in wanted if need is not None]
+        if any(need != needs[0] for need in needs):
+            raise ValueError(f"model.shapers: two of them differ in {key}, got {needs[0]} and {needs[1]}")
+        return needs[0] if needs else None
+
     # -- networks ----------------------------------------------------------------------------------------------------
 
     def configure_model(self) -> None:
@@ -161,7 +181,8 @@ class LitPPO(LitBase):
         from lit_models.tokenization import check_vocabulary, load_tokenizer
 
         self.tokenizer = load_tokenizer(self.tokenizer_name, self.pad_token)
-        self.generator.prepare(self.tokenizer)
+        for part in (self.generator, self.advantage, *self.shapers):
+            part.prepare(self.tokenizer)
         actor = self.actor_source.build()
         critic = self._critic_source().build_scorer()
         critic.model.config.pad_token_id = self.tokenizer.pad_token_id
@@ -175,8 +196,15 @@ class LitPPO(LitBase):
             self.reference = self._freeze(self.reference_source.build())
         elif not has_adapters(actor):
             self.reference = self._freeze(copy.deepcopy(actor))
+        shaper_networks = [
+            (shaper.name, shaper.build(actor, actor if self.reference is None else self.reference))
+            for shaper in self.shapers
+        ]
         self.place("actor", actor)
         self.place("critic", critic)
+        for name, own in shaper_networks:
+            if own is not None:
+                self._place_shaper(name, own)
         networks = [reward.build(self.tokenizer) for reward in self.rewards]
         self.reward_networks = nn.ModuleList(
             [nn.Identity() if network is None else self._freeze(network) for network in networks]
@@ -199,16 +227,28 @@ class LitPPO(LitBase):
         ]
         return models[0] if models else self.actor_source
 
+    def _place_shaper(self, name: str, network: nn.Module) -> None:
+        """Keep a shaper's network, always in full precision: it is small, and takes differences of similar states."""
+        if not name or hasattr(self, name):
+            raise ValueError(f"model.shapers: the network name {name!r} is taken; give each shaper one of its own")
+        setattr(self, name, shard(network, self.device_mesh, Sharding()))
+
+    def shaper_networks(self) -> dict[str, tuple[Shaper, nn.Module]]:
+        """The shapers that train a network of their own, with it, by its name."""
+        return {s.name: (s, getattr(self, s.name)) for s in self.shapers if s.name and hasattr(self, s.name)}
+
     def _freeze(self, network: nn.Module) -> nn.Module:
         return self.shard(network.requires_grad_(False).eval())
 
     def trained_networks(self) -> dict[str, nn.Module]:
-        """Actor and critic."""
-        return {"actor": self.actor, "critic": self.critic}
+        """Actor, critic, and the networks of shapers."""
+        own = {name: network for name, (_, network) in self.shaper_networks().items()}
+        return {"actor": self.actor, "critic": self.critic, **own}
 
     def group_options(self) -> dict[str, GroupOptions]:
-        """Settings of the two networks' parameter groups."""
-        return {"actor": self.actor_group, "critic": self.critic_group}
+        """Settings of the networks' parameter groups."""
+        own = {name: shaper.group for name, (shaper, _) in self.shaper_networks().items()}
+        return {"actor": self.actor_group, "critic": self.critic_group, **own}
 
     def optimizer_steps(self) -> int:
         """Optimizer steps of the run: those of a rollout for each batch of prompts."""
@@ -274,13 +314,14 @@ class LitPPO(LitBase):
         if live is not None:
             rollout.old_logprobs, rollout.old_values = live[0].detach(), live[2].detach()
         parts = self.score(rollout, skip_trained=single)
-        parts |= steps.shape(rollout, self.shapers, self.scores)
+        parts |= steps.shape(rollout, self.shapers, self.scores, self.all_reduce)
         parts |= steps.advantages(rollout, self.advantage, self.all_reduce)
         clock.lap("time/score")
+        largest = {name: parts.pop(name) for name in list(parts) if name.endswith("_max")}
         add_rollout(meter, rollout, parts)
         norms, ratio = self._update(rollout, ptx, live, meter)
         clock.lap("time/update")
-        self._finish(rollout, meter, norms, ratio, clock.laps)
+        self._finish(rollout, meter, norms, ratio, clock.laps, largest)
 
     def generate(self, batch: Prompts, rollout: int, samples: int = 1, stream: int = 0) -> Rollout:
         """Sample responses to this process's share of a global batch of prompts.
@@ -314,6 +355,7 @@ class LitPPO(LitBase):
             self.temperature,
             self.score_batch_size,
             skip_trained,
+            self.states,
         )
         return {f"score/{name}": value for name, value in parts.items()} if len(parts) > 1 else {}
 
@@ -337,8 +379,10 @@ class LitPPO(LitBase):
         no_sync = getattr(self.trainer.strategy, "block_backward_sync", nullcontext)
         norms: dict[str, float] = {}
         ratio = rollout.response_mask.new_ones(())
-        for micro_batches in steps.minibatches(rollout, self.updates, shuffle):
-            tokens = self.all_reduce(torch.stack([micro.response_mask.sum() for micro in micro_batches]).sum())
+        per_epoch = -(-len(rollout) // (self.updates.minibatch_size or len(rollout)))
+        for step, micro_batches in enumerate(steps.minibatches(rollout, self.updates, shuffle)):
+            tokens = self.all_reduce(steps.loss_units(micro_batches, self.loss))
+            learning = self._learning_shapers(step // per_epoch)
             optimizer.zero_grad()
             for number, micro in enumerate(micro_batches):
                 last = number == len(micro_batches) - 1
@@ -351,16 +395,36 @@ class LitPPO(LitBase):
                         total = total * self.trainer.world_size  # undoes the averaging of gradients over processes
                     else:
                         total = total / len(micro_batches)
+                    total = total + self._shaper_losses(micro, learning, tokens[0], meter)
                     if ptx is not None and self.ptx_coef > 0 and last:
                         total = total + self.ptx_coef * self._ptx_loss(ptx, meter)
                     self.manual_backward(total)
                 add_losses(meter, result.stats, micro.response_mask)
                 ratio = torch.maximum(ratio, result.stats["ratio"].max())
-            norms = self._clip_gradients()
+            for name, (_, network) in self.shaper_networks().items():
+                if name not in learning:
+                    for parameter in network.parameters():
+                        parameter.grad = None  # so that the optimizer leaves it alone, momentum included
+            norms |= self._clip_gradients()
             optimizer.step()
             if (scheduler := self.lr_schedulers()) is not None:
                 cast(Any, scheduler).step()
         return norms, ratio
+
+    def _learning_shapers(self, epoch: int) -> set[str]:
+        """Names of the shapers' networks that learn in a pass over the rollout."""
+        return {name for name, (shaper, _) in self.shaper_networks().items() if epoch < shaper.epochs}
+
+    def _shaper_losses(self, micro: Rollout, learning: set[str], tokens: Tensor, meter: Meter) -> Tensor:
+        """Losses of the shapers' networks, averaged over the tokens of the minibatch on all processes."""
+        total = tokens.new_zeros(())
+        for name, (shaper, network) in self.shaper_networks().items():
+            if name in learning and (loss := shaper.network_loss(micro)) is not None:
+                meter.add(f"{name}/loss", loss, micro.response_mask)
+                total = total + masked_sum(loss, micro.response_mask) / tokens.clamp(min=1)
+            else:  # every parameter takes part in every backward pass, as DDP expects
+                total = total + 0.0 * sum(p.sum() for p in network.parameters() if p.requires_grad)
+        return total * self.trainer.world_size
 
     def _ptx_loss(self, batch: Prompts, meter: Meter) -> Tensor:
         """Language-model loss on texts, averaged over their tokens on all processes."""
@@ -374,17 +438,27 @@ class LitPPO(LitBase):
         """Clip each network's gradient; returns the norms before clipping under their logged names."""
         limit = self.updates.max_grad_norm or float("inf")
         norms = {}
-        for name, network in (("policy", self.actor), ("value", self.critic)):
+        labels = {"actor": "policy", "critic": "value"}
+        for name, network in self.trained_networks().items():
+            if all(parameter.grad is None for parameter in network.parameters()):
+                continue
+            name = labels.get(name, name)
             norm = torch.nn.utils.clip_grad_norm_(network.parameters(), limit)
             norms[f"{name}/grad_norm"] = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
         return norms
 
     def _finish(
-        self, rollout: Rollout, meter: Meter, norms: dict[str, float], ratio: Tensor, laps: dict[str, float]
+        self,
+        rollout: Rollout,
+        meter: Meter,
+        norms: dict[str, float],
+        ratio: Tensor,
+        laps: dict[str, float],
+        largest: dict[str, Tensor],
     ) -> None:
         """Count the rollout, log it, and stop at `max_rollouts`."""
         metrics = meter.compute(self.all_reduce) | norms | laps
-        metrics |= self._extremes(rollout, ratio)
+        metrics |= self._extremes(rollout, ratio, largest)
         metrics["value/explained_variance"] = float(rollout_explained_variance(rollout, self.all_reduce))
         metrics["kl/coef"] = self.kl_coef
         for name, value in self._learning_rates().items():
@@ -401,22 +475,24 @@ class LitPPO(LitBase):
         if self.max_rollouts is not None and self.rollouts >= self.max_rollouts:
             self.trainer.should_stop = True
 
-    def _extremes(self, rollout: Rollout, ratio: Tensor) -> dict[str, float]:
-        """Largest and smallest values over all processes."""
+    def _extremes(self, rollout: Rollout, ratio: Tensor, more: dict[str, Tensor]) -> dict[str, float]:
+        """Largest and smallest values over all processes, those of named (B,) values per row among them."""
         score = sequence_scores(rollout)
-        largest = torch.stack([score.max(), -score.min(), rollout.lengths.max().float(), ratio]).double()
+        found = [score.max(), -score.min(), rollout.lengths.max().float(), ratio, *(row.max() for row in more.values())]
+        largest = torch.stack(found).double()
         if self.trainer.world_size > 1:
             largest = self.trainer.strategy.reduce(largest, reduce_op="max")
-        names = ("score/max", "score/min", "response/len_max", "policy/ratio_max")
+        names = ("score/max", "score/min", "response/len_max", "policy/ratio_max", *more)
         values = dict(zip(names, largest.tolist(), strict=True))
         return values | {"score/min": -values["score/min"]}
 
     def _learning_rates(self) -> dict[str, float]:
         optimizer: Any = self.optimizers()
         rates = {group["name"]: float(group["lr"]) for group in optimizer.param_groups}
+        labels = {"actor": "policy", "critic": "value"}
         return {
-            f"{label}/lr": rates.get(name, rates.get(f"{name}_no_decay", 0.0))
-            for label, name in (("policy", "actor"), ("value", "critic"))
+            f"{labels.get(name, name)}/lr": rates.get(name, rates.get(f"{name}_no_decay", 0.0))
+            for name in self.trained_networks()
         }
 
     # -- evaluation --------------------------------------------------------------------------------------------------
@@ -479,15 +555,22 @@ class LitPPO(LitBase):
     # -- what callbacks ask for --------------------------------------------------------------------------------------
 
     def samples(self) -> list[dict[str, str | float]]:
-        """Rows of the newest rollout: prompt, response, score, kl (nats) and length (tokens)."""
+        """Rows of the newest rollout: prompt, response, score, kl (nats) and length (tokens).
+
+        With macro actions also the response cut into them, with the advantage of each.
+        """
         rollout = self.newest
         if rollout is None:
             return []
         columns = (rollout.prompts, rollout.responses, sequence_scores(rollout), summed_kl(rollout), rollout.lengths)
-        return [
+        rows: list[dict[str, str | float]] = [
             {"prompt": prompt, "response": response, "score": float(score), "kl": float(kl), "length": float(length)}
             for prompt, response, score, kl, length in zip(*columns, strict=True)
         ]
+        if rollout.segment_ids is not None and rollout.advantages is not None:
+            for row, text in zip(rows, macro_texts(rollout, self.tokenizer), strict=True):
+                row["macro_actions"] = text
+        return rows
 
     def step_stats(self) -> dict[str, float]:
         """Tokens of the newest rollout on this process and the seconds of its parts."""
@@ -498,7 +581,8 @@ class LitPPO(LitBase):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the rollout counter, on which the random numbers depend, and the KL coefficient."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint["ppo"] = {"rollouts": self.rollouts, "kl_coef": self.kl_coef}
+        shapers = [shaper.state_dict() for shaper in self.shapers]
+        checkpoint["ppo"] = {"rollouts": self.rollouts, "kl_coef": self.kl_coef, "shapers": shapers}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the rollout counter and the KL coefficient."""
@@ -506,6 +590,9 @@ class LitPPO(LitBase):
         state = checkpoint.get("ppo", {})
         self.rollouts = state.get("rollouts", 0)
         self.kl_coef = state.get("kl_coef", self.kl_coef)
+        for shaper, saved in zip(self.shapers, state.get("shapers", []), strict=False):
+            if saved:
+                shaper.load_state_dict(saved)
 
 
 class _Clock:

@@ -18,6 +18,29 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+def import_function(function: str | Callable[..., Any], key: str) -> Callable[..., Any]:
+    """A function given by its import path.
+
+    Args:
+        function: import path, or the function itself.
+        key: of the configuration, for the message.
+
+    Returns:
+        The function.
+
+    Raises:
+        ValueError: if there is no such function.
+    """
+    if callable(function):
+        return function
+    module, _, name = function.rpartition(".")
+    try:
+        found: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"{key}: there is no function {function!r} to import ({error})") from error
+    return found
+
+
 class Reward(ABC):
     """Scores the responses of a rollout.
 
@@ -151,14 +174,7 @@ class FunctionReward(Reward):
         Raises:
             ValueError: if there is no such function.
         """
-        if callable(self.function):
-            self._function = self.function
-            return
-        module, _, name = self.function.rpartition(".")
-        try:
-            self._function = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise ValueError(f"rewards.function: there is no function {self.function!r} to import ({error})") from error
+        self._function = import_function(self.function, "rewards.function")
 
     def score(self, rollout: Rollout, network: nn.Module | None) -> Tensor:
         """Call the function; lists become tensors."""

@@ -1,12 +1,15 @@
 """What the parts of PPO hand to each other."""
 
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from lit_models.ppo.functional import last_index, position_ids
+
+if TYPE_CHECKING:
+    from lit_models.ppo.generation import RowNoise
 
 
 @dataclass
@@ -35,8 +38,11 @@ class Rollout:
         advantages: (B,R) float32.
         returns: (B,R) float32, targets of the critic.
         segment_ids: (B,R) int64, macro action of each token, -1 on padding, or None.
+        segment_weights: (B,R) float32, weight of each token's value in that of its macro action, or None.
         gate: (B,R) bool, tokens outside the sampler's top choices, or None.
-        ref_hidden: (B,R+1,H), hidden states of the reference from column P-1 on, or None.
+        hidden: (B,R+1,H), hidden states from column P-1 on that a shaper asked for, or None.
+        action_embeddings: (B,R,H), rows of the policy's embedding table for the response tokens, or None.
+        noise: random numbers of the whole rollout, for what is drawn once per row after sampling.
     """
 
     prompt_ids: Tensor
@@ -57,8 +63,11 @@ class Rollout:
     advantages: Tensor | None = None
     returns: Tensor | None = None
     segment_ids: Tensor | None = None
+    segment_weights: Tensor | None = None
     gate: Tensor | None = None
-    ref_hidden: Tensor | None = None
+    hidden: Tensor | None = None
+    action_embeddings: Tensor | None = None
+    noise: "RowNoise | None" = None
 
     @property
     def input_ids(self) -> Tensor:

@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,9 +23,11 @@ from lit_models.ppo.functional import (
     value_loss,
 )
 from lit_models.ppo.generation import Generator, RowNoise
+from lit_models.ppo.macro.functional import macro_log_ratio, segment_starts, segment_sum, to_tokens
 from lit_models.ppo.rewards import Reward, total_scores
 from lit_models.ppo.rollout import Rollout
 from lit_models.ppo.shapers import Shaper
+from lit_models.ppo.states import StateRecorder, embed_actions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -68,6 +71,10 @@ class PPOLoss:
         value_clip: how far a value may move from the old one; null for no limit.
         vf_coef: weight of the critic's loss.
         entropy_coef: weight of the entropy bonus.
+        ratio: `token` clips the ratio of each token; `macro` that of each macro action, the product over its tokens
+            (MA-RLHF); `macro_geo` their geometric mean.
+        value_loss: whether the critic is compared with the returns at each `token`, or once per `macro` action with
+            the values aggregated as for the advantages.
         norm: `global_tokens` divides by the tokens of the whole minibatch on all processes, `micro_batch` by those of
             each micro-batch (as the released code), `sequence` averages the means of the rows.
     """
@@ -78,6 +85,8 @@ class PPOLoss:
     value_clip: float | None = 0.2
     vf_coef: float = 1.0
     entropy_coef: float = 0.0
+    ratio: Literal["token", "macro", "macro_geo"] = "token"
+    value_loss: Literal["token", "macro"] = "token"
     norm: Literal["global_tokens", "micro_batch", "sequence"] = "global_tokens"
 
     def __post_init__(self) -> None:
@@ -94,6 +103,11 @@ class PPOLoss:
             raise ValueError(f"loss.dual_clip must be greater than 1 or null, got {self.dual_clip}")
         if self.value_clip is not None and self.value_clip <= 0:
             raise ValueError(f"loss.value_clip must be positive or null, got {self.value_clip}")
+
+    @property
+    def needs_segments(self) -> bool:
+        """Whether a loss is taken over macro actions."""
+        return self.ratio != "token" or self.value_loss != "token"
 
 
 @dataclass
@@ -170,7 +184,7 @@ def generate(
     training = actor.training
     actor.eval()  # gradient checkpointing in training mode would rule out the key-value cache
     try:
-        response_ids, response_mask, ended = generator.generate(actor, prompt_ids, prompt_mask, noise, all_done)
+        response_ids, response_mask, ended, gate = generator.generate(actor, prompt_ids, prompt_mask, noise, all_done)
     finally:
         actor.train(training)
     kept = [ids[mask] for ids, mask in zip(prompt_ids, prompt_mask.bool(), strict=True)]
@@ -188,6 +202,8 @@ def generate(
             [ids[mask] for ids, mask in zip(response_ids, response_mask.bool(), strict=True)], skip_special_tokens=True
         ),
         columns=columns,
+        gate=gate,
+        noise=noise,
     )
 
 
@@ -228,6 +244,7 @@ def score(
     temperature: float = 1.0,
     batch_size: int | None = None,
     skip_trained: bool = False,
+    states: str | None = None,
 ) -> dict[str, Tensor]:
     """Fill in log-probabilities, values and scores.
 
@@ -242,31 +259,46 @@ def score(
         batch_size: rows per forward pass; None for all.
         skip_trained: leave `old_logprobs` and `old_values` to the caller, who takes them from the forward pass of
             the only update.
+        states: hidden states to keep, with the embeddings of the tokens: `ref_last` and `actor_last` are those after
+            the last layer, `ref_layer_N` those after N layers of the reference.
 
     Returns:
         (B,) score per reward label.
     """
     pieces = rollout.split(batch_size)
+    watched = actor if reference is None or states == "actor_last" else reference
+    recorder = None if states is None else StateRecorder(watched, states)
     if not skip_trained:
         rollout.old_logprobs = torch.cat([policy_logprobs(actor, piece, temperature) for piece in pieces])
         rollout.old_values = torch.cat([critic_values(critic, piece) for piece in pieces])
-    if reference is None:
-        with adapters_off(actor):
-            rollout.ref_logprobs = torch.cat([policy_logprobs(actor, piece, temperature) for piece in pieces])
-    else:
-        rollout.ref_logprobs = torch.cat([policy_logprobs(reference, piece, temperature) for piece in pieces])
+    with nullcontext() if recorder is None or states == "actor_last" else recorder:
+        if reference is None:
+            with adapters_off(actor):
+                rollout.ref_logprobs = torch.cat([policy_logprobs(actor, piece, temperature) for piece in pieces])
+        else:
+            rollout.ref_logprobs = torch.cat([policy_logprobs(reference, piece, temperature) for piece in pieces])
+    if recorder is not None:
+        if states == "actor_last":
+            with recorder:
+                for piece in pieces:
+                    policy_logits(actor, piece)
+        rollout.hidden = recorder.states(rollout.response_ids.shape[1])
+        rollout.action_embeddings = embed_actions(actor, rollout.response_ids)
     rollout.scores, rollout.token_scores, parts = total_scores(rollout, rewards, networks)
     return parts
 
 
 @torch.no_grad()
-def shape(rollout: Rollout, shapers: Sequence[Shaper], options: ScoreOptions) -> dict[str, Tensor]:
+def shape(
+    rollout: Rollout, shapers: Sequence[Shaper], options: ScoreOptions, all_reduce: AllReduce | None = None
+) -> dict[str, Tensor]:
     """Fill in the token rewards: the placed score, token rewards, and what the shapers add.
 
     Args:
         rollout: from `score`; filled in place.
         shapers: applied in order.
         options: clipping and place of the score.
+        all_reduce: sums a tensor over processes.
 
     Returns:
         Named (B,) values per row to log.
@@ -278,9 +310,9 @@ def shape(rollout: Rollout, shapers: Sequence[Shaper], options: ScoreOptions) ->
     rewards = place_scores(scores, rollout.reward_mask, options.clip)
     if rollout.token_scores is not None:
         rewards = rewards + rollout.token_scores
-    metrics: dict[str, Tensor] = {}
+    metrics: dict[str, Tensor] = {"reward/extrinsic": rewards.sum(1)}
     for shaper in shapers:
-        rewards, more = shaper.shape(rollout, rewards)
+        rewards, more = shaper.shape(rollout, rewards, all_reduce)
         metrics |= more
     rollout.rewards = rewards * rollout.reward_mask
     return metrics
@@ -363,7 +395,7 @@ def losses(
         options: clips and weights.
         shapers: may add token losses.
         temperature: of the log-probabilities.
-        normalizer: tokens of the minibatch, for `global_tokens`; those of this micro-batch by default.
+        normalizer: (3,) of `loss_units` for the minibatch, for `global_tokens`; that of this micro-batch by default.
         live: log-probabilities, entropies and values (B,R) of a forward pass already done.
 
     Returns:
@@ -374,27 +406,87 @@ def losses(
     assert rollout.advantages is not None
     assert rollout.returns is not None
     mask = rollout.response_mask
+    policy_mask, value_mask = loss_masks(rollout, options)
     logprobs, entropies, values = live or forward(rollout, actor, critic, temperature, options.entropy_coef > 0)
     if normalizer is None:
-        normalizer = mask.sum()
+        normalizer = loss_units([rollout], options)
+    new, old = logprobs, rollout.old_logprobs
+    if options.ratio != "token":
+        assert rollout.segment_ids is not None
+        new = macro_log_ratio(logprobs, old, rollout.segment_ids, mean=options.ratio == "macro_geo")
+        old = torch.zeros_like(new)
     policy, stats = policy_loss(
-        logprobs, rollout.old_logprobs, rollout.advantages, mask, options.clip_low, options.clip_high, options.dual_clip
+        new, old, rollout.advantages, mask, options.clip_low, options.clip_high, options.dual_clip
     )
-    if options.entropy_coef > 0:
-        policy = policy - options.entropy_coef * entropies
-    for shaper in shapers:
-        extra = shaper.token_loss(rollout, logprobs)
-        policy = policy if extra is None else policy + extra
-    value, value_clipped = value_loss(values, rollout.old_values, rollout.returns, mask, options.value_clip)
+    total = reduce_loss(policy, policy_mask, options.norm, normalizer[1])
+    extras = _token_extras(rollout, logprobs, entropies, options, shapers)
+    if extras is not None:
+        total = total + reduce_loss(extras, mask, options.norm, normalizer[0])
+    old_values = rollout.old_values
+    if options.value_loss == "macro":
+        values, old_values = (_of_segments(rollout, value) for value in (values, old_values))
+    value, value_clipped = value_loss(values, old_values, rollout.returns, mask, options.value_clip)
     stats |= {
         "value_clipped": value_clipped,
         "entropy": entropies.detach(),
-        "policy_loss": policy.detach(),
+        "policy_loss": (policy if extras is None else policy + extras).detach(),
         "value_loss": value.detach(),
     }
-    return Losses(
-        reduce_loss(policy, mask, options.norm, normalizer), reduce_loss(value, mask, options.norm, normalizer), stats
-    )
+    return Losses(total, reduce_loss(value, value_mask, options.norm, normalizer[2]), stats)
+
+
+def _token_extras(
+    rollout: Rollout, logprobs: Tensor, entropies: Tensor, options: PPOLoss, shapers: Sequence[Shaper]
+) -> Tensor | None:
+    """Entropy bonus and token losses of the shapers, (B,R), or None where there are none."""
+    parts = [-options.entropy_coef * entropies] if options.entropy_coef > 0 else []
+    parts += [loss for shaper in shapers if (loss := shaper.token_loss(rollout, logprobs)) is not None]
+    return sum(parts[1:], parts[0]) if parts else None
+
+
+def _of_segments(rollout: Rollout, values: Tensor) -> Tensor:
+    """Values aggregated over macro actions, (B,R): the same at all tokens of one."""
+    assert rollout.segment_ids is not None
+    assert rollout.segment_weights is not None
+    return to_tokens(segment_sum(rollout.segment_weights * values, rollout.segment_ids), rollout.segment_ids)
+
+
+def loss_masks(rollout: Rollout, options: PPOLoss) -> tuple[Tensor, Tensor]:
+    """Columns that the losses of policy and critic are averaged over: tokens, or one for each macro action.
+
+    Args:
+        rollout: with advantages.
+        options: of the losses.
+
+    Returns:
+        Two masks (B,R) float32.
+
+    Raises:
+        ValueError: if macro actions are needed and there are none.
+    """
+    if not options.needs_segments:
+        return rollout.response_mask, rollout.response_mask
+    if rollout.segment_ids is None or rollout.segment_weights is None:
+        raise ValueError(
+            "loss.ratio and loss.value_loss: macro needs macro actions; set model.advantage to lit_models.ppo.MacroGAE"
+        )
+    starts = segment_starts(rollout.segment_ids).float()
+    tokens = rollout.response_mask
+    return tokens if options.ratio == "token" else starts, tokens if options.value_loss == "token" else starts
+
+
+def loss_units(micro_batches: Sequence[Rollout], options: PPOLoss) -> Tensor:
+    """What the losses of a minibatch are divided by under `global_tokens`, on this process.
+
+    Args:
+        micro_batches: of one optimizer step.
+        options: of the losses.
+
+    Returns:
+        (3,) float32: tokens, and the numbers of terms of the losses of policy and critic.
+    """
+    masks = [(micro.response_mask, *loss_masks(micro, options)) for micro in micro_batches]
+    return torch.stack([torch.stack([mask.sum() for mask in row]) for row in masks]).sum(0)
 
 
 def forward(

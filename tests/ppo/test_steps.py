@@ -130,9 +130,9 @@ def test_micro_batches_sum_to_the_whole_gradient(parts):
     for size in (None, 2):
         parts.actor.zero_grad()
         micros = next(steps.minibatches(rollout, Updates(epochs=2, micro_batch_size=size)))
-        tokens = sum(micro.response_mask.sum() for micro in micros)
+        units = steps.loss_units(micros, PPOLoss())
         for micro in micros:
-            steps.losses(micro, parts.actor, parts.critic, PPOLoss(), normalizer=tokens).policy.backward()
+            steps.losses(micro, parts.actor, parts.critic, PPOLoss(), normalizer=units).policy.backward()
         gradients.append(parts.actor.lm_head.weight.grad.clone())
     torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-4)
 

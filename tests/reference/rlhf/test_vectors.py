@@ -3,8 +3,8 @@ import shutil
 
 import pytest
 
-from ..loading import DEFAULT_ROOT, load
-from . import checks
+from ..loading import DEFAULT_ROOT, load, load_tensors
+from . import checks, curiosity_checks, macro_checks, step_checks
 
 
 def test_kl_rewards(rlhf):
@@ -21,6 +21,27 @@ def test_reward_model(rlhf):
 
 def test_gathered_logprobs_and_averages(rlhf):
     checks.check_misc(rlhf("data_and_misc"))
+
+
+@pytest.mark.parametrize(
+    "name", ["boundaries", "parsing", "macro_values", "macro_gae", "macro_losses", "spec_macro_batch"]
+)
+def test_macro_actions(rlhf, name):
+    getattr(macro_checks, f"check_{name}")(rlhf(name))
+
+
+@pytest.mark.parametrize("name", ["gate", "diversity", "selfbleu_monitor"])
+def test_curiosity_and_diversity(rlhf, name):
+    getattr(curiosity_checks, f"check_{name}")(rlhf(name))
+
+
+def test_icm(rlhf):
+    curiosity_checks.check_icm(rlhf("icm"), load_tensors("rlhf", "icm_weights"))
+
+
+@pytest.mark.parametrize("name", ["full_step_ma", "full_step_cd"])
+def test_full_steps(rlhf, name):
+    getattr(step_checks, f"check_{name}")(rlhf(name), load_tensors("rlhf", name))
 
 
 @pytest.mark.parametrize("folder", ["rlhf", "."])
