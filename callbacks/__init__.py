@@ -7,6 +7,7 @@ __getattr__, __dir__, __all__ = attach(
     {
         "AppendingCSVLogger": "csv_logger",
         "AtomicCheckpointIO": "checkpoint_io",
+        "DiversityTable": "diversity",
         "EMA": "ema",
         "EarlyStopOnKL": "kl",
         "ExportPretrained": "export",

@@ -110,22 +110,27 @@ class SampleTable(Callback):
         return Path(trainer.log_dir or trainer.default_root_dir) / self.filename
 
     def _write(self, trainer: Trainer, pl_module: LightningModule, split: str) -> None:
-        path = self._path(trainer)
         if not trainer.is_global_zero:
             return
         samples: Any = pl_module.samples
         rows: list[Row] = samples()[: self.num_rows]
-        if not rows:
+        self._write_rows(trainer, [{"step": trainer.global_step, "split": split, **row} for row in rows], split)
+
+    def _write_rows(self, trainer: Trainer, rows: list[Row], tag: str = "") -> None:
+        """Append rows to the file, and show them where that is wanted, without what is the same for all of them."""
+        if not rows or not trainer.is_global_zero:
             return
+        path = self._path(trainer)
         path.parent.mkdir(parents=True, exist_ok=True)
-        lines = [{"step": trainer.global_step, "split": split, **row} for row in rows]
         with path.open("a") as file:
-            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        shown = [{name: value for name, value in row.items() if name not in ("step", "split")} for row in rows]
         if self.print_rows:
-            print_table(rows, f"step {trainer.global_step}, {split}")
+            print_table(shown, ", ".join(filter(None, [f"step {trainer.global_step}", tag])))
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_text(f"samples/{split}", markdown_table(rows), trainer.global_step)
+                name = "/".join(filter(None, [Path(self.filename).stem, tag]))
+                logger.experiment.add_text(name, markdown_table(shown), trainer.global_step)
 
 
 class PredictionWriter(BasePredictionWriter):

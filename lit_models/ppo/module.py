@@ -508,9 +508,23 @@ class LitPPO(LitBase):
     def predict_step(self, batch: Prompts, batch_idx: int) -> list[dict[str, Any]]:
         """Responses and scores, `predict_samples` per prompt, one row per prompt."""
         with self._sampling_for_evaluation():
-            rollout = self.generate(batch, batch_idx, self.predict_samples, stream=2)
+            return self._sets(batch, batch_idx, self.predict_samples, 2)
+
+    def sample_sets(self, batch: Prompts, samples: int) -> list[dict[str, Any]]:
+        """Several responses to each prompt, drawn as in training.
+
+        Args:
+            batch: of prompts.
+            samples: responses per prompt.
+
+        Returns:
+            `prompt`, `responses` and `scores`, one dict per prompt.
+        """
+        return self._sets(batch, self.rollouts, samples, 4)
+
+    def _sets(self, batch: Prompts, number: int, size: int, stream: int) -> list[dict[str, Any]]:
+        rollout = self.generate(batch, number, size, stream)
         self.score(rollout)
-        size = self.predict_samples
         scores = sequence_scores(rollout).tolist()
         return [
             {

@@ -85,6 +85,7 @@ class RewardModel(Reward):
         tokenizer: hub id or folder, where the reward model does not share the policy's tokenizer; texts are then
             tokenised again.
         batch_size: rows per forward pass; None for all.
+        response_tokens: score only so many tokens of the response; None for all.
     """
 
     backbone: Backbone
@@ -94,6 +95,19 @@ class RewardModel(Reward):
     std: float | None = None
     tokenizer: str | None = None
     batch_size: int | None = None
+    response_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check the options.
+
+        Raises:
+            ValueError: naming the option.
+        """
+        if self.response_tokens is not None and (self.response_tokens < 1 or self.tokenizer is not None):
+            raise ValueError(
+                "rewards.response_tokens must be at least 1 and counts the policy's tokens, so that it does not go "
+                f"with rewards.tokenizer; got {self.response_tokens}"
+            )
 
     def build(self, tokenizer: "PreTrainedTokenizerBase") -> nn.Module:
         """Load the network and the statistics of its scores.
@@ -131,7 +145,11 @@ class RewardModel(Reward):
     def _score(self, rollout: Rollout, network: nn.Module) -> Tensor:
         if self._tokenizer is None:
             ids, mask = rollout.input_ids, rollout.attention_mask
-            end = rollout.prompt_ids.shape[1] + rollout.lengths - 1
+            width, lengths = rollout.prompt_ids.shape[1], rollout.lengths
+            if self.response_tokens is not None:
+                lengths = lengths.clamp(max=self.response_tokens)
+                ids, mask = (x[:, : width + self.response_tokens] for x in (ids, mask))
+            end = width + lengths - 1
         else:
             eos = self._tokenizer.eos_token or ""
             texts = [

@@ -7,5 +7,6 @@ __getattr__, __dir__, __all__ = attach(
     {
         "ICM": "modeling",
         "Curiosity": "shaper",
+        "SentRewards": "sent_rewards",
     },
 )

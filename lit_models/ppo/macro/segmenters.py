@@ -365,8 +365,10 @@ class Parsing(Segmenter):
             begins = torch.tensor([0, *ends[:-1]])
             places = torch.searchsorted(begins, borders)
             counts = places.diff().tolist()
-            offset = int(places[0])
-            cuts |= {offset + start for start in constituent_starts(tree, counts, self.cutoff)}
+            offset, last = int(places[0]), (first, end) == spans[-1]
+            starts = constituent_starts(tree, counts, self.cutoff)
+            # Line breaks behind a sentence belong to its last macro action; behind the last one the end token begins.
+            cuts |= {offset + start for start in (starts if last else starts[:-1])}
         return sorted(token for token in cuts if token < len(ends))
 
 
