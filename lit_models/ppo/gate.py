@@ -1,7 +1,7 @@
 """Which sampled tokens count as exploration; decided in the sampling loop, so that no scores need to be kept."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -53,7 +53,7 @@ class GateRecorder:
         self._scores: Tensor | None = None
         self._marks: list[Tensor] = []
 
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:  # noqa: ANN401
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Decide for the newest token and keep the scores of the next one."""
         self._resolve(input_ids[:, -1])
         self._scores = scores
