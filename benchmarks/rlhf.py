@@ -163,7 +163,6 @@ def c2(seed: int) -> dict[str, dict[str, float]]:
     from datamodules import SnippetPrompts, asset_path
     from lit_models import FromPretrained
     from lit_models.ppo import Curiosity, RowNoise, Sampler, steps
-    from lit_models.ppo.functional import masked_mean
     from lit_models.tokenization import load_tokenizer
 
     prepare(seed)
@@ -174,8 +173,6 @@ def c2(seed: int) -> dict[str, dict[str, float]]:
     data.setup("fit")
     generator = Sampler(32)
     generator.prepare(tokenizer)
-    curiosity = Curiosity()
-    icm = curiosity.build(policy, policy)
 
     def sample(number: int) -> Any:
         batch = data.collator()([data.datasets["train"][row] for row in range(256 * number, 256 * (number + 1))])
@@ -189,6 +186,16 @@ def c2(seed: int) -> dict[str, dict[str, float]]:
 
     seen, unseen = sample(0), sample(1)
 
+    arms = {"released": {}, "detached target": {"detach_target": True}, "identity encoder": {"encoder": "identity"}}
+    return {name: learn(Curiosity(**options), policy, seen, unseen) for name, options in arms.items()}
+
+
+def learn(curiosity: Any, policy: Any, seen: Any, unseen: Any) -> dict[str, float]:
+    """Train a curiosity module for 200 steps on one rollout."""
+    from lit_models.ppo.functional import masked_mean
+
+    icm = curiosity.build(policy, policy)
+
     def loss(rollout: Any) -> torch.Tensor:
         return masked_mean(curiosity.network_loss(rollout), rollout.response_mask)
 
@@ -198,7 +205,8 @@ def c2(seed: int) -> dict[str, dict[str, float]]:
         optimizer.zero_grad()
         loss(seen).backward()
         optimizer.step()
-    return {"icm": {"before": before, "after": float(loss(seen)), "unseen": float(loss(unseen))}}
+    after = float(loss(seen))
+    return {"before": before, "after": after, "unseen / seen": float(loss(unseen)) / after}
 
 
 CHECKPOINTS = (30, 40, 50, 60, 70)

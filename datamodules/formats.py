@@ -1,5 +1,6 @@
 """Conversion of raw rows to prompt, chosen and rejected text; pure functions."""
 
+import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,13 +12,14 @@ if TYPE_CHECKING:
 Row: TypeAlias = Mapping[str, Any]
 Texts: TypeAlias = dict[str, str]
 Format: TypeAlias = Callable[[Row], Texts]
-FormatName: TypeAlias = Literal["plain", "tldr", "hh", "webgpt", "ultrafeedback", "chat"]
+FormatName: TypeAlias = Literal["plain", "tldr", "hh", "webgpt", "ultrafeedback", "apps", "chat"]
 
 COLUMNS: dict[str, tuple[str, ...]] = {
     "tldr": ("info", "summaries", "choice"),
     "hh": ("prompt", "chosen", "rejected"),
     "webgpt": ("question", "answer_0", "answer_1", "score_0", "score_1"),
     "ultrafeedback": ("prompt", "chosen", "rejected"),
+    "apps": ("question", "solutions", "starter_code", "input_output"),
 }
 """Columns that each format of a known data set reads."""
 
@@ -100,6 +102,26 @@ def ultrafeedback(row: Row) -> Texts:
         name: f"<|im_start|>assistant\n{row[name][-1]['content']}\n<|im_end|>\n" for name in ("chosen", "rejected")
     }
     return {"prompt": f"<|im_start|>user\n{row['prompt']}\n<|im_end|>\n", **answers}
+
+
+def apps(row: Row) -> Texts:
+    """Format a row of `codeparrot/apps` with the prompt of the APPS paper (Hendrycks et al., 2021).
+
+    Args:
+        row: columns `question`, `solutions` (JSON list of programs), `starter_code`, `input_output` (JSON object).
+
+    Returns:
+        `prompt`, and the first solution as `chosen`, empty where there is none.
+    """
+    starter, tests = row["starter_code"], row["input_output"]
+    calls = bool(starter) or (bool(tests) and "fn_name" in json.loads(tests))
+    kind = "Call-Based" if calls else "Standard Input"
+    code = f"{starter}\n" if starter else ""
+    solutions = json.loads(row["solutions"]) if row["solutions"] else []
+    return {
+        "prompt": f"\nQUESTION:\n{row['question']}\n{code}\nUse {kind} format\n\nANSWER:\n",
+        "chosen": solutions[0] if solutions else "",
+    }
 
 
 def lookup(row: Row, column: str) -> Any:  # noqa: ANN401
@@ -241,4 +263,4 @@ def make_format(
         raise ValueError(f"data.prompt_template, data.response_template: only format plain uses them, not {name}")
     if name == "chat":
         return ChatFormat(tokenizer, columns)
-    return {"tldr": tldr, "hh": hh, "webgpt": webgpt, "ultrafeedback": ultrafeedback}[name]
+    return {"tldr": tldr, "hh": hh, "webgpt": webgpt, "ultrafeedback": ultrafeedback, "apps": apps}[name]

@@ -93,8 +93,8 @@ class TextData(LitData):
         data_files: split -> file or files, for folders with several.
         pad_token: token used as padding where the tokenizer has none of its own.
         format: `plain` reads the columns named in the configuration, through the templates if given; `chat` puts them
-            through the tokenizer's chat template; `tldr`, `hh`, `webgpt` and `ultrafeedback` read the data sets of
-            these names in the papers' layout.
+            through the tokenizer's chat template; `tldr`, `hh`, `webgpt`, `ultrafeedback` and `apps` read the data
+            sets of these names in the papers' layout.
         prompt_template: format string over a row's columns, e.g. `Human: {question} Assistant:`.
         response_template: format string over a row's columns and `{response}`, e.g. ` {response}`.
         train_split: training split or slice, e.g. `train[:95%]`.

@@ -74,6 +74,44 @@ def test_exceptions_of_the_table_override_one_value(capsys, name, key, value):
     assert found == value
 
 
+@pytest.mark.parametrize("data", ["tldr", "ultrafeedback"])
+@pytest.mark.parametrize(
+    ("model", "eta", "rates"),
+    [
+        ("gemma-2b", (0.04, 0.04), (8e-6, 1e-5)),
+        ("gemma-7b", (0.04, 0.04), (5e-4, 5e-4)),
+        ("llama-3.2-1b", (0.06, 0.04), (1e-5, 1e-5)),
+        ("llama-3.2-3b", (0.08, 0.08), (5e-6, 8e-6)),
+    ],
+)
+def test_curiosity_of_the_paper(capsys, model, data, eta, rates):
+    column = ["tldr", "ultrafeedback"].index(data)
+    files = [f"ppo/model-{model}.yaml", f"ppo/data-{data}.yaml", f"ppo/cd-{model}-{data}.yaml"]
+    arguments = parse(capsys, *files)["model"]["init_args"]
+    kl, curiosity = (shaper["init_args"] for shaper in arguments["shapers"])
+    assert curiosity["eta"] == eta[column]
+    assert (curiosity["topk"], curiosity["lr"]) == (1, 1e-5)
+    assert kl["coef"] == (0.1 if model == "llama-3.2-3b" else 0.05)
+    assert arguments["actor_group"]["lr"] == rates[column]
+    assert (arguments["actor"]["init_args"]["lora"] is not None) == (model == "gemma-7b")
+    assert (
+        arguments["generator"]["init_args"] | {"top_k": None, "temperature": 1.0} == arguments["generator"]["init_args"]
+    )
+
+
+@pytest.mark.parametrize("model", [Path(name).stem for name in MODELS if name.startswith("ppo/")])
+@pytest.mark.parametrize("method", ["method-ma", "compat-official", "ma-apps", "method-cd"])
+def test_methods_compose_with_every_paper_model(capsys, model, method):
+    data = "data-apps" if "codegemma" in model else "data-tldr"
+    arguments = parse(capsys, f"ppo/{model}.yaml", f"ppo/{data}.yaml", f"ppo/{method}.yaml")["model"]["init_args"]
+    if method == "method-cd":
+        assert arguments["shapers"][1]["class_path"].endswith(".Curiosity")
+    else:
+        options = arguments["advantage"]["init_args"]
+        assert (options["n"], options["lam"]) == (10 if method == "ma-apps" else 5, 0.95)
+        assert options["compat"] == ("official" if method == "compat-official" else None)
+
+
 @pytest.mark.parametrize("name", sorted((CONFIGS / "architectures").glob("*.json")), ids=lambda path: path.stem)
 def test_paper_networks_exist_on_the_meta_device(name):
     from lit_models.backbones import FromConfig
@@ -84,10 +122,18 @@ def test_paper_networks_exist_on_the_meta_device(name):
         "gemma-2-27b": 27.227,
         "codegemma-2b": 2.506,
         "codegemma-7b": 8.538,
+        "llama-3.2-1b": 1.236,
+        "llama-3.2-3b": 3.213,
     }
+    from lit_models.ppo import Curiosity
+
     with torch.device("meta"):
         model = FromConfig(str(name)).build()
         scorer = FromConfig(str(name)).build_scorer()
+        icm = Curiosity().build(model, model)
+    width, inner = model.config.hidden_size, model.config.intermediate_size
+    assert icm.encoder[0].weight.shape == (2 * width, width)
+    assert icm.forward_model.hidden[0].weight.shape == (inner, 2 * width)
     assert round(sum(parameter.numel() for parameter in model.parameters()) / 1e9, 3) == billions[name.stem]
     assert scorer.model.score.weight.device.type == "meta"
 

@@ -309,7 +309,7 @@ class LitPPO(LitBase):
         meter, clock = Meter(), _Clock()
         rollout = self.generate(prompts, self.rollouts, self.samples_per_prompt)
         clock.lap("time/generate")
-        single = self.updates.single(len(rollout))
+        single = rollout.single_pass = self.updates.single(len(rollout))
         live = self._forward(rollout) if single else None
         if live is not None:
             rollout.old_logprobs, rollout.old_values = live[0].detach(), live[2].detach()

@@ -43,6 +43,7 @@ class Rollout:
         hidden: (B,R+1,H), hidden states from column P-1 on that a shaper asked for, or None.
         action_embeddings: (B,R,H), rows of the policy's embedding table for the response tokens, or None.
         noise: random numbers of the whole rollout, for what is drawn once per row after sampling.
+        single_pass: whether the rollout is used in exactly one forward pass, whose results may then be computed early.
     """
 
     prompt_ids: Tensor
@@ -68,6 +69,7 @@ class Rollout:
     hidden: Tensor | None = None
     action_embeddings: Tensor | None = None
     noise: "RowNoise | None" = None
+    single_pass: bool = False
 
     @property
     def input_ids(self) -> Tensor:

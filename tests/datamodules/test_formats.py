@@ -1,7 +1,7 @@
 import pytest
 from transformers import AutoTokenizer
 
-from datamodules.formats import ChatFormat, TemplateFormat, make_format, webgpt, without_citations
+from datamodules.formats import ChatFormat, TemplateFormat, apps, make_format, webgpt, without_citations
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% if m.role == 'assistant' %}<eos>{% endif %}|{% endfor %}"
@@ -68,3 +68,14 @@ def test_webgpt_tie_chooses_the_first():
     row = {"question": {"full_text": "Q"}, "answer_0": "x", "answer_1": "y", "score_0": 0, "score_1": "0.0"}
     assert webgpt(row)["chosen"] == " x"
     assert webgpt({**row, "score_1": 0.1})["chosen"] == " y"
+
+
+def test_apps():
+    row = {"question": "Double it.", "solutions": '["print(2)", "x"]', "starter_code": "", "input_output": ""}
+    assert apps(row) == {
+        "prompt": "\nQUESTION:\nDouble it.\n\nUse Standard Input format\n\nANSWER:\n",
+        "chosen": "print(2)",
+    }
+    called = apps(row | {"input_output": '{"fn_name": "f"}', "solutions": "", "starter_code": "def f():"})
+    assert called["prompt"] == "\nQUESTION:\nDouble it.\ndef f():\n\nUse Call-Based format\n\nANSWER:\n"
+    assert called["chosen"] == ""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lit_models.nn.groups import GroupOptions
 from lit_models.ppo.curiosity.functional import Whitening, intrinsic_reward
-from lit_models.ppo.curiosity.modeling import ICM, Encoder, icm_loss, prediction_error
+from lit_models.ppo.curiosity.modeling import ICM, Encoder, Prediction, icm_loss, prediction_error
 from lit_models.ppo.functional import AllReduce, masked_moments
 from lit_models.ppo.gate import Gate
 from lit_models.ppo.rollout import Rollout
@@ -104,6 +104,7 @@ class Curiosity(Shaper):
         self.present_eta = self.eta
         self.network: Any = None
         self._warned = False
+        self._kept: Prediction | None = None
 
     @property
     def group(self) -> GroupOptions:
@@ -161,8 +162,10 @@ class Curiosity(Shaper):
                 "shapers.gate: the generator returns no Generation.gate; set shapers.gate to none or let it call `gate`"
             )
         mask = rollout.response_mask
-        prediction = self.network(rollout.hidden, rollout.action_embeddings)
-        errors = prediction_error(prediction)
+        with torch.set_grad_enabled(rollout.single_pass):
+            prediction = self.network(rollout.hidden, rollout.action_embeddings)
+        self._kept = prediction if rollout.single_pass else None  # what the only update would compute again
+        errors = prediction_error(prediction).detach()
         mean, variance = masked_moments(errors, mask, all_reduce)
         self._schedule(rollout, all_reduce)
         bonus = intrinsic_reward(
@@ -199,7 +202,9 @@ class Curiosity(Shaper):
             return None
         assert rollout.hidden is not None
         assert rollout.action_embeddings is not None
-        prediction = self.network(rollout.hidden, rollout.action_embeddings)
+        prediction, self._kept = self._kept, None
+        if prediction is None:
+            prediction = self.network(rollout.hidden, rollout.action_embeddings)
         return icm_loss(prediction, rollout.action_embeddings, self.loss)
 
     def state_dict(self) -> dict[str, Any]:
