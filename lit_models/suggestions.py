@@ -17,6 +17,34 @@ UNKNOWN = (
 )
 
 
+KEY = re.compile(r'Parser key "([^"]+)"')
+GIVEN = re.compile(r"(?:Given|Got) value: (.*)")
+EXPECTED = re.compile(r"Expected a (?:<class '([^']+)'>|typing\.Literal\[([^\]]+)\]|(dot import path) string)")
+
+
+def wrong_value(message: str) -> str | None:
+    """One sentence for a value of a wrong type or outside of a closed set.
+
+    Args:
+        message: of the parser.
+
+    Returns:
+        The key, what was given and what is valid; None for other messages.
+    """
+    key, given, expected = KEY.search(message), GIVEN.search(message), EXPECTED.findall(message)
+    if key is None or given is None or not expected:
+        return None
+    value = given.group(1).strip()
+    choices = [choice.strip().strip("'") for _, literal, _ in expected for choice in literal.split(",") if literal]
+    types = [kind.rpartition(".")[2].replace("NoneType", "null") for kind, _, _ in expected if kind]
+    classes = ["the name of a class" for _, _, path in expected if path]
+    *most, last = dict.fromkeys(choices + types + classes)
+    valid = f"{', '.join(most)} or {last}" if most else last
+    near = get_close_matches(value, choices, n=1, cutoff=0.6)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return f"{key.group(1)} must be {valid}, got {value!r}{hint}"
+
+
 def explain(message: str, parser: Any) -> str:  # noqa: ANN401
     """Add the nearest valid names to a message about an unknown key or class.
 
@@ -29,7 +57,7 @@ def explain(message: str, parser: Any) -> str:  # noqa: ANN401
     """
     found = next((match for pattern in UNKNOWN if (match := re.search(pattern, message))), None)
     if found is None:
-        return message
+        return wrong_value(message) or message
     unknown = found.group(1)
     owners = _parameters() | {option: "" for option in _options(parser)}
     last = unknown.rpartition(".")[2]

@@ -94,6 +94,28 @@ def test_an_option_out_of_range_is_one_sentence(capsys):
     assert len(text.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("args", "wanted"),
+    [
+        (
+            ["--model.advantage.rule=fixd"],
+            "rule must be token, fixed, randomized, parsing, ppl, sequence, sentence, line,",
+        ),
+        (["--model.advantage.rule=fixd"], "or the name of a class, got 'fixd'; did you mean 'fixed'?"),
+        (["--model.advantage.n=0"], "advantage.n must be at least 1, got 0"),
+        (
+            ["--model.loss.ratio=tokens"],
+            "loss.ratio must be token, macro or macro_geo, got 'tokens'; did you mean 'token'?",
+        ),
+        (["--trainer.max_steps=many"], "max_steps must be int, got 'many'"),
+    ],
+)
+def test_a_value_outside_its_set_is_one_sentence(capsys, args, wanted):
+    text = message(capsys, "fit", "--config", "ppo/tiny.yaml", "--config", "ppo/method-ma.yaml", *args, *FAST)
+    (line,) = [line for line in text.splitlines() if line.startswith("error: ")]
+    assert wanted in line
+
+
 def test_an_unknown_config_lists_the_nearest():
     with pytest.raises(SystemExit, match=r"ppo/tinny\.yaml.*nearest: ppo/tiny\.yaml"):
         find_configs(["fit", "--config", "ppo/tinny.yaml"])
