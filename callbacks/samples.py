@@ -110,17 +110,15 @@ class SampleTable(Callback):
         return Path(trainer.log_dir or trainer.default_root_dir) / self.filename
 
     def _write(self, trainer: Trainer, pl_module: LightningModule, split: str) -> None:
-        if not trainer.is_global_zero:
-            return
         samples: Any = pl_module.samples
-        rows: list[Row] = samples()[: self.num_rows]
+        rows: list[Row] = samples()[: self.num_rows] if trainer.is_global_zero else []
         self._write_rows(trainer, [{"step": trainer.global_step, "split": split, **row} for row in rows], split)
 
     def _write_rows(self, trainer: Trainer, rows: list[Row], tag: str = "") -> None:
         """Append rows to the file, and show them where that is wanted, without what is the same for all of them."""
+        path = self._path(trainer)  # on all ranks, since log_dir is broadcast
         if not rows or not trainer.is_global_zero:
             return
-        path = self._path(trainer)
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

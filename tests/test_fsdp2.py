@@ -19,6 +19,7 @@ trainer:
 """
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
 PPO = ["-m", "lit_models", "fit", "--config", "ppo/tiny.yaml"]
+METHODS = ["--config", "ppo/method-ma.yaml", "--config", "ppo/method-cd.yaml"]
 
 
 def run(folder, port, *args):
@@ -41,9 +42,9 @@ def test_sharded_run_equals_one_process_resumes_and_exports(tmp_path, free_port)
     pair, single = tmp_path / "pair", tmp_path / "single"
     pair.mkdir()
     single.mkdir()
-    two = [*PPO, *strategy(pair, sharded=False), "--data.init_args.batch_size=4", *QUIET]
+    two = [*PPO, *METHODS, *strategy(pair, sharded=False), "--data.init_args.batch_size=4", *QUIET]
     run(pair, free_port, *two, "--trainer.max_steps=6")
-    run(single, None, *PPO, "--data.init_args.batch_size=8", *QUIET, "--trainer.max_steps=6")
+    run(single, None, *PPO, *METHODS, "--data.init_args.batch_size=8", *QUIET, "--trainer.max_steps=6")
     files = [folder / "ppo-tiny/checkpoints/last.ckpt" for folder in (pair, single)]
     sharded, whole = (torch.load(path, weights_only=True)["state_dict"] for path in files)
     assert sharded.keys() == whole.keys()
@@ -54,7 +55,7 @@ def test_sharded_run_equals_one_process_resumes_and_exports(tmp_path, free_port)
     saved = torch.load(files[0], weights_only=True)
     assert saved["global_step"] == 12
     assert saved["ppo"]["rollouts"] == 12
-    assert {key.split(".")[0] for key in saved["state_dict"]} == {"actor", "critic", "reference"}
+    assert {key.split(".")[0] for key in saved["state_dict"]} == {"actor", "critic", "icm", "reference"}
     from transformers import AutoModelForCausalLM
 
     exported = AutoModelForCausalLM.from_pretrained(pair / "ppo-tiny/export/actor").state_dict()
