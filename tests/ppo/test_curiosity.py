@@ -8,7 +8,6 @@ import torch
 
 from lit_models.backbones import FromPretrained, LoRA
 from lit_models.ppo import (
-    GAE,
     Curiosity,
     HuggingFaceGenerate,
     KLPenalty,
@@ -438,7 +437,3 @@ def test_shapers_that_disagree_are_refused(make):
         model.configure_model()
     with pytest.raises(ValueError, match=r"shapers\.states: 'ref_layer_9' of a reference with 2 layers"):
         StateRecorder(FromPretrained(str(model.actor_source.name)).build(), "ref_layer_9")
-
-
-def test_gae_keeps_what_it_was():
-    assert GAE().compat is None
