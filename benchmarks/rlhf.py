@@ -200,13 +200,13 @@ def learn(curiosity: Any, policy: Any, seen: Any, unseen: Any) -> dict[str, floa
         return masked_mean(curiosity.network_loss(rollout), rollout.response_mask)
 
     optimizer = torch.optim.Adam(icm.parameters(), lr=1e-3)
-    before = float(loss(seen))
+    before = float(loss(seen).detach())
     for _ in range(200):
         optimizer.zero_grad()
         loss(seen).backward()
         optimizer.step()
-    after = float(loss(seen))
-    return {"before": before, "after": after, "unseen / seen": float(loss(unseen)) / after}
+    after = float(loss(seen).detach())
+    return {"before": before, "after": after, "unseen / seen": float(loss(unseen).detach()) / after}
 
 
 CHECKPOINTS = (30, 40, 50, 60, 70)
