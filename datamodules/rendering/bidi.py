@@ -10,8 +10,8 @@ Direction = Literal["auto", "ltr", "rtl"]
 _RIGHT_TO_LEFT = re.compile(
     "[\u0590-\u08ff\u200f\u202b\u202e\u2067\ufb1d-\ufdff\ufe70-\ufeff\U00010800-\U00010fff\U0001e800-\U0001efff]"
 )
-# Letters right to left, with nothing but neutral characters between them: all of it is one level.
-_STRETCH = re.compile("[RA](?:[RAWNM]*[RA])?")
+# Letters of one direction with nothing but neutral characters between them: all of it is one level.
+_STRETCH = re.compile("[RA](?:[RAWNM]*[RA])?|L(?:[LWNM]*L)?")
 
 
 class Run(NamedTuple):
@@ -22,7 +22,7 @@ class Run(NamedTuple):
     level: int
 
 
-_LETTERS = {"R": "R", "AL": "A", "WS": "W", "ON": "N", "NSM": "M"}
+_LETTERS = {"L": "L", "R": "R", "AL": "A", "WS": "W", "ON": "N", "NSM": "M"}
 
 
 class _Classes(dict[int, str]):
@@ -57,8 +57,8 @@ def base_level(text: str, direction: Direction = "auto") -> int:
 def embedding_levels(text: str, direction: Direction = "auto") -> list[int]:
     """Embedding level of every character (UAX #9, rules P2 to I2 and L1).
 
-    Stretches of right-to-left letters stand for their last letter while the rules are applied, which changes nothing:
-    neutral characters between two of them take their direction (rules N1 and N2).
+    The last letter of a stretch of one direction stands for all of it while the rules are applied, which changes
+    nothing: neutral characters between letters take their direction (rules N1 and N2).
 
     Args:
         text: one paragraph.
