@@ -16,6 +16,7 @@ __getattr__, __dir__, __all__ = attach(
         "PredictionWriter": "samples",
         "RNGState": "rng",
         "SampleTable": "samples",
+        "StripImages": "strips",
         "Throughput": "throughput",
     },
 )

@@ -8,14 +8,21 @@ from lit_models._lazy import attach
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
+        "Glue": "pixel_tasks",
         "InstructionData": "instruction",
         "LitData": "base",
+        "PixelSnippetRatings": "pixel_tasks",
+        "PixelSnippets": "pixels",
+        "PixelTagging": "pixel_tasks",
+        "PixelTask": "pixel_tasks",
+        "PixelTexts": "pixels",
         "PreferenceData": "preference",
         "PromptData": "prompts",
         "PromptsWithText": "mixed",
         "SnippetInstructions": "snippets",
         "SnippetPreferences": "snippets",
         "SnippetPrompts": "snippets",
+        "Xnli": "pixel_tasks",
         "asset_path": "assets",
     },
 )

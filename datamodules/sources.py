@@ -5,15 +5,23 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
 Rows: TypeAlias = "Dataset | IterableDataset"
 DataFiles: TypeAlias = Mapping[str, str | list[str]]
+TextUnit: TypeAlias = Literal["line", "paragraph", "document"]
 
-_BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+_BUILDERS = {
+    ".json": "json",
+    ".jsonl": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+    ".txt": "text",
+}
 _COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")
 
 
@@ -23,17 +31,20 @@ def load_rows(
     name: str | None = None,
     streaming: bool = False,
     data_files: DataFiles | None = None,
+    text_unit: TextUnit = "line",
 ) -> Rows:
     """Open one split of a data set.
 
     Args:
-        path: hub id, folder written by `save_to_disk`, folder of data files, or one JSON, JSONL, CSV, TSV or Parquet
-            file, which may be compressed (`.gz`).
+        path: hub id, folder written by `save_to_disk`, folder of data files, or one JSON, JSONL, CSV, TSV, Parquet or
+            plain text file, which may be compressed (`.gz`).
         split: name of the split, or a slice such as `train[:95%]`. A single file holds only `train`.
         name: configuration of the data set, e.g. `comparisons`.
         streaming: read rows when they are needed instead of copying all of them to the local cache first.
         data_files: split -> file or files, relative to the folder `path`, or to the working folder if `path` is the
-            name of a file format (`json`, `csv`, `parquet`).
+            name of a file format (`json`, `csv`, `parquet`, `text`).
+        text_unit: what a row of plain text files is: a line, a paragraph (up to an empty line) or the whole file. Their
+            column is `text`.
 
     Returns:
         The rows; an iterable data set when streaming.
@@ -47,9 +58,11 @@ def load_rows(
         if _saved_to_disk(path):
             return _from_disk(path, split, streaming)
         builder, files = _resolve(path, split, data_files)
-        options: dict[str, Any] = (
-            {"delimiter": "\t"} if files and _suffix(next(iter(files.values()))[0]) == ".tsv" else {}
-        )
+        options: dict[str, Any] = {}
+        if files and _suffix(next(iter(files.values()))[0]) == ".tsv":
+            options["delimiter"] = "\t"
+        if builder == "text" or _text_folder(path):
+            options["sample_by"] = text_unit
         whole = split.partition("[")[0]
         try:
             rows = datasets.load_dataset(
@@ -117,6 +130,12 @@ def _quiet() -> Iterator[None]:
 
 def _saved_to_disk(path: str) -> bool:
     return any((Path(path) / marker).is_file() for marker in ("dataset_dict.json", "state.json"))
+
+
+def _text_folder(path: str) -> bool:
+    """Whether a folder holds plain text files and no other data."""
+    suffixes = {_suffix(str(file)) for file in Path(path).rglob("*.*")} if Path(path).is_dir() else set()
+    return suffixes & _BUILDERS.keys() == {".txt"}
 
 
 def _from_disk(path: str, split: str, streaming: bool) -> Rows:

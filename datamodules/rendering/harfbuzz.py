@@ -234,6 +234,11 @@ class TextRenderer(Renderer):
         boxes = self._boxes(units, layout, MARGIN) if offsets else ()
         return Line(self._finish(self._compose(layout)), MARGIN + layout.width + MARGIN, boxes)
 
+    def _end(self, text: str) -> int:
+        if self.mode != "continuous" or (self.rtl_order == "logical" and bidi.has_rtl(text)):
+            return super()._end(text)
+        return self._layout(self._visual(text)).width + 2 * MARGIN  # nothing need be put together
+
     def word(self, text: str, last: bool) -> tuple[Pixels, int]:
         """Draw a word of a list.
 

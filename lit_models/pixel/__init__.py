@@ -1,0 +1,20 @@
+"""Language models that read text as pixels, as tokens, or as both."""
+
+from lit_models._lazy import attach
+
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    {
+        "FromPixelConfig": "recipes",
+        "FromPixelPretrained": "recipes",
+        "LitPIXEL": "mae_module",
+        "LitPixelLM": "module",
+        "LitPixelTask": "finetune",
+        "PIXELConfig": "modeling_mae",
+        "PIXELForPreTraining": "modeling_mae",
+        "PixelForCausalLM": "modeling",
+        "PixelForSequenceClassification": "modeling",
+        "PixelForTokenClassification": "modeling",
+        "PixelLMConfig": "configuration",
+    },
+)
