@@ -8,9 +8,12 @@ from lit_models._lazy import attach
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
+        "Confusables": "noise",
         "Glue": "pixel_tasks",
         "InstructionData": "instruction",
+        "Leet": "noise",
         "LitData": "base",
+        "LookAlikes": "noise",
         "PixelSnippetRatings": "pixel_tasks",
         "PixelSnippets": "pixels",
         "PixelTagging": "pixel_tasks",
@@ -22,6 +25,7 @@ __getattr__, __dir__, __all__ = attach(
         "SnippetInstructions": "snippets",
         "SnippetPreferences": "snippets",
         "SnippetPrompts": "snippets",
+        "Typos": "noise",
         "Xnli": "pixel_tasks",
         "asset_path": "assets",
     },

@@ -67,3 +67,19 @@ def test_the_rules_forbid_what_they_should(file, name):
 
 def test_methods_are_found():
     assert {"ppo", "reward", "sft"} <= set(METHODS)
+
+
+def top_level(path):
+    """Names of the modules that importing a file imports, in order."""
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_torchaudio_is_repaired_before_transformers_is_imported(path):
+    names = list(top_level(path))
+    needing = [number for number, name in enumerate(names) if name.split(".")[0] in ("transformers", "diffusers")]
+    assert not needing or "lit_models._compat" in names[: needing[0]]

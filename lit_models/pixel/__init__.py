@@ -5,6 +5,8 @@ from lit_models._lazy import attach
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
+        "FromPIXELConfig": "mae_recipes",
+        "FromPIXELPretrained": "mae_recipes",
         "FromPixelConfig": "recipes",
         "FromPixelPretrained": "recipes",
         "LitPIXEL": "mae_module",
@@ -12,6 +14,8 @@ __getattr__, __dir__, __all__ = attach(
         "LitPixelTask": "finetune",
         "PIXELConfig": "modeling_mae",
         "PIXELForPreTraining": "modeling_mae",
+        "PIXELForSequenceClassification": "modeling_mae",
+        "PIXELForTokenClassification": "modeling_mae",
         "PixelForCausalLM": "modeling",
         "PixelForSequenceClassification": "modeling",
         "PixelForTokenClassification": "modeling",

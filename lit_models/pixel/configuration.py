@@ -1,5 +1,8 @@
 """Configuration of pixel language models."""
 
+import lit_models._compat  # noqa: F401  (must run before transformers models are imported)
+
+# isort: split
 from typing import Any, Literal, get_args
 
 from transformers import LlamaConfig

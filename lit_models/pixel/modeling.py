@@ -9,6 +9,9 @@ trunk, K = p·p·C, N the length of the sequence that the trunk sees.
 Source: arXiv 2404.10710 and its released code, whose pair mode and pooling are repaired here.
 """
 
+import lit_models._compat  # noqa: F401  (must run before transformers models are imported)
+
+# isort: split
 import inspect
 import warnings
 from dataclasses import dataclass
@@ -29,7 +32,6 @@ from transformers import (
 from transformers import initialization as init
 from transformers.utils.generic import ModelOutput
 
-import lit_models._compat  # noqa: F401  (must run before transformers models are imported)
 from lit_models.pixel import functional
 from lit_models.pixel.configuration import PairOrder, PixelLMConfig
 from lit_models.pixel.generation import PixelGeneration
