@@ -136,13 +136,27 @@ def batch_of(texts: list[str], renderer: Any = None, tokens: Any = None, length:
 
 
 def train(
-    seed: int, data: Any, tokenizer_name: str | None, steps: int, lr: float = 1e-3, warmup: int = 30, **options: Any
+    seed: int,
+    data: Any,
+    tokenizer_name: str | None,
+    steps: int,
+    measured: dict[int, Callable[[Any], None]] | None = None,
+    lr: float = 1e-3,
+    warmup: int = 30,
+    **options: Any,
 ) -> Any:
-    """Pre-train a small model; untrained for no steps."""
-    from lightning.pytorch import Trainer, seed_everything
+    """Pre-train a small model, and look at its network after some steps; untrained for no steps."""
+    from lightning.pytorch import Callback, Trainer, seed_everything
 
     from lit_models.nn import WarmupCosine
     from lit_models.pixel import FromPixelConfig, LitPixelLM
+
+    class Look(Callback):
+        def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
+            if measured and trainer.global_step in measured:
+                module.net.eval()
+                measured[trainer.global_step](module.net)
+                module.net.train()
 
     seed_everything(seed, verbose=False)
     module = LitPixelLM(
@@ -164,6 +178,7 @@ def train(
         enable_progress_bar=False,
         enable_model_summary=False,
         limit_val_batches=0,
+        callbacks=[Look()],
     )
     trainer.fit(module, datamodule=data)
     return module.eval()
@@ -187,7 +202,7 @@ def renderer(**options: Any) -> Any:
 # -- a: next patches -------------------------------------------------------------------------------------------------
 
 
-def patch_pairs(batches: list[dict[str, Tensor]], everything: bool) -> tuple[Tensor, Tensor, Tensor]:
+def patch_pairs(batches: list[dict[str, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
     """Normalised patches, the ones after them, and whether those have ink; of attended targets."""
     from lit_models.pixel.functional import inked, normalize_patches, patchify, to_unit
 
@@ -209,23 +224,26 @@ def a(seed: int) -> dict[str, float]:
     draw = renderer()
     test = [batch_of(texts[start : start + 50], draw) for start in range(0, 1000, 50)]
     sample = [batch_of(texts[start : start + 50], draw) for start in range(TEST, TEST + 8000, 50)]
-    x, y, _ = patch_pairs(sample, True)
+    x, y, ink = patch_pairs(sample)
+    average = y[ink].mean(0)
     x1 = torch.cat([x, torch.ones(len(x), 1)], 1).double()
     weights = torch.linalg.solve(x1.T @ x1 + torch.eye(x1.shape[1]).double(), x1.T @ y.double()).float()
-    x, y, ink = patch_pairs(test, True)
+    x, y, ink = patch_pairs(test)
     x, y = x[ink], y[ink]
     x1 = torch.cat([x, torch.ones(len(x), 1)], 1)
-    mean = patch_pairs(sample, True)
-    average = mean[1][mean[2]].mean(0)
     result = {
         "zero": float((y**2).mean()),
         "copy": float(((x - y) ** 2).mean()),
         "mean patch": float(((average - y) ** 2).mean()),
         "ridge": float(((x1 @ weights - y) ** 2).mean()),
     }
-    for steps in (0, 100, 400):
-        module = train(seed, strips_of(seed, path, None, ["image"]), None, steps, vocab_size=8)
-        result[f"model, {steps} steps"] = inked_error(module.net, test)
+
+    def look(net: Any, steps: int) -> None:
+        result[f"model, {steps} steps"] = inked_error(net, test)
+
+    look(train(seed, None, None, 0, vocab_size=8).net, 0)
+    measured = {steps: partial(look, steps=steps) for steps in (50, 100, 200, 400)}
+    train(seed, strips_of(seed, path, None, ["image"]), None, 400, measured, vocab_size=8)
     return result
 
 
@@ -259,7 +277,6 @@ def fragments(texts: list[str], count: int, seed: int) -> list[str]:
     return found
 
 
-@torch.no_grad()
 def b1(seed: int) -> dict[str, float]:
     """Pairs bind image and text."""
     from transformers import AutoTokenizer
@@ -271,18 +288,23 @@ def b1(seed: int) -> dict[str, float]:
     parts = fragments(texts[:TEST], 500, 0)
     batch = batch_of(parts, draw, tokens, 14)
     turned = batch | {key: batch[key].roll(1, 0) for key in ("pixel_values", "pixel_mask")}
-    path = write_rows(ROOT / f"data/fragments-{seed}.jsonl", fragments(texts[TEST:], 200 * 128, seed + 1))
+    path = write_rows(ROOT / f"data/fragments-{seed}.jsonl", fragments(texts[TEST:], 600 * 128, seed + 1))
     result = {}
-    for steps in (0, 200, 600):
-        with torch.enable_grad():
-            data = strips_of(seed, path, name, ["pair"], renderer=draw, max_tokens=14, batch_size=128, pad_to_max=True)
-            module = train(seed, data, name, steps, 1.5e-3, 40, vocab_size=1024, pair_layout="padded")
-        right, wrong = (float(module.net(**given).loss_ntp) for given in (batch, turned))
-        result |= {f"right strip, {steps} steps": right, f"wrong strip, {steps} steps": wrong}
-        if steps:
-            read = module.net.read(batch["pixel_values"], batch["pixel_mask"], max_new_tokens=14)
-            same = [tokens.decode(ids, skip_special_tokens=True).strip() for ids in read]
-            result[f"read exactly, {steps} steps"] = statistics.mean(a == b for a, b in zip(same, parts, strict=True))
+
+    @torch.no_grad()
+    def look(net: Any, steps: int) -> None:
+        right, wrong = (float(net(**given).loss_ntp) for given in (batch, turned))
+        read = net.read(batch["pixel_values"], batch["pixel_mask"], max_new_tokens=14)
+        same = [tokens.decode(ids, skip_special_tokens=True).strip() for ids in read]
+        result[f"right strip, {steps} steps"] = right
+        result[f"wrong strip, {steps} steps"] = wrong
+        result[f"read exactly, {steps} steps"] = statistics.mean(a == b for a, b in zip(same, parts, strict=True))
+
+    shape = {"vocab_size": 1024, "pair_layout": "padded"}
+    look(train(seed, None, name, 0, **shape).net, 0)
+    measured = {steps: partial(look, steps=steps) for steps in (200, 400, 600)}
+    data = strips_of(seed, path, name, ["pair"], renderer=draw, max_tokens=14, batch_size=128, pad_to_max=True)
+    train(seed, data, name, 600, measured, 1.5e-3, 40, **shape)
     return result
 
 
