@@ -26,7 +26,7 @@ LINES = (
     "人人有思想、良心和宗教自由的权利",
     "😀 🎉 🚀 ❤️ 🌍 👍",
 )
-PATCHES = 26
+PATCHES = 20
 ZOOM, GAP = 3, 6
 
 
