@@ -163,6 +163,24 @@ class LitBase(LightningModule):
             raise ValueError("lr_scheduler.total: the run has no end that is known before; set it or trainer.max_steps")
         return int(steps)
 
+    def rescale_gradients(self, network: nn.Module, counts: list[Tensor]) -> None:
+        """Turn the average of accumulated gradients into the gradient of the mean over all that was counted.
+
+        To be called before the optimizer step, where every loss was divided by the count of the first batch, because
+        those of the later ones were not known yet.
+
+        Args:
+            network: its gradients are scaled in place.
+            counts: targets of each accumulated batch over all ranks.
+        """
+        accumulated = self.trainer.accumulate_grad_batches
+        if accumulated == 1:
+            return
+        factor = float(accumulated * counts[0].clamp(min=1) / torch.stack(counts).sum().clamp(min=1))
+        for parameter in network.parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(factor)
+
     # -- checkpoints -------------------------------------------------------------------------------------------------
 
     def _left_out(self) -> Iterable[str]:

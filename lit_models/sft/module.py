@@ -118,16 +118,8 @@ class LitSFT(LitBase):
         return nll.sum() * self.trainer.world_size / self._window[0].clamp(min=1)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """With accumulated batches, turn the average of gradients into the gradient of the mean over their tokens.
-
-        All of them were divided by the token count of the first, because that of the later ones was not known yet.
-        """
-        accumulated = self.trainer.accumulate_grad_batches
-        if accumulated > 1:
-            factor = float(accumulated * self._window[0].clamp(min=1) / torch.stack(self._window).sum().clamp(min=1))
-            for parameter in self.net.parameters():
-                if parameter.grad is not None:
-                    parameter.grad.mul_(factor)
+        """See `LitBase.rescale_gradients`."""
+        self.rescale_gradients(self.net, self._window)
         self._window.clear()
 
     def step_stats(self) -> dict[str, float]:
