@@ -49,6 +49,9 @@ class LitPIXEL(LitBase):
         optimizer: factory taking parameter groups.
         lr_scheduler: factory taking the optimizer; stepped after every optimizer step.
         sharding: sharding, activation checkpointing and compilation.
+
+    Raises:
+        ValueError: if the seed is negative.
     """
 
     net: PIXELForPreTraining

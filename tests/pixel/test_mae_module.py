@@ -1,9 +1,11 @@
 import copy
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
@@ -322,3 +324,21 @@ def test_configure_model_runs_once(module):
     module.configure_model()
     assert module.net is net
     assert net.training
+
+
+def test_preset_of_pixel_base_has_the_sizes_and_rates_of_the_paper():
+    file = Path(__file__).parents[2] / "configs" / "pixel" / "model-pixel-base.yaml"
+    preset = yaml.safe_load(file.read_text())
+    arguments, data = preset["model"]["init_args"], preset["data"]["init_args"]
+    with torch.device("meta"):
+        net = FromPIXELConfig(**arguments["backbone"]["init_args"]).build()
+    assert sum(parameter.numel() for parameter in net.parameters()) == 111_655_680
+    config = net.config
+    assert config.num_patches == data["renderer"]["init_args"]["max_seq_length"] == 529
+    assert (config.mask_ratio, config.hidden_dropout_prob, config.attention_probs_dropout_prob) == (0.25, 0.1, 0.1)
+    optimizer, schedule = arguments["optimizer"]["init_args"], arguments["lr_scheduler"]["init_args"]
+    assert optimizer["weight_decay"] == 0.05
+    assert optimizer["lr"] == pytest.approx(1.5e-4 * (8 * data["batch_size"]) / 256)
+    assert schedule["warmup"] == 0.05
+    assert schedule["floor"] * optimizer["lr"] == pytest.approx(1e-5, rel=1e-3)
+    assert preset["trainer"]["max_steps"] == 1_000_000
