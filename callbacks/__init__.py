@@ -18,5 +18,6 @@ __getattr__, __dir__, __all__ = attach(
         "SampleTable": "samples",
         "StripImages": "strips",
         "Throughput": "throughput",
+        "TrainingDynamicsRecorder": "dynamics",
     },
 )
