@@ -16,6 +16,7 @@ __getattr__, __dir__, __all__ = attach(
         "FromModule": "backbones",
         "FromPretrained": "backbones",
         "LitBase": "base",
+        "LitInfluence": "influence",
         "LitPIXEL": "pixel",
         "LitPPO": "ppo",
         "LitPixelLM": "pixel",
