@@ -11,8 +11,8 @@ ROOT = Path(__file__).parent.parent
 
 def commands():
     """Lines of the README's code blocks, without comments."""
-    blocks = re.findall(r"^```\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
-    lines = [line.split(" #")[0].strip() for block in blocks for line in block.splitlines()]
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    lines = [line.split(" #")[0].strip() for language, block in blocks if not language for line in block.splitlines()]
     return [line for line in lines if line and not line.startswith("make ")]
 
 
