@@ -61,8 +61,10 @@ def explain(message: str, parser: Any) -> str:  # noqa: ANN401
     unknown = found.group(1)
     owners = _parameters() | {option: "" for option in _options(parser)}
     last = unknown.rpartition(".")[2]
-    near = get_close_matches(unknown, owners, n=1, cutoff=0.8) or get_close_matches(last, owners, n=2, cutoff=0.6)
-    if not near or last in owners:
+    elsewhere = owners.pop(last, None) is not None  # a name of another class, so only a very near one is meant
+    near = get_close_matches(unknown, owners, n=1, cutoff=0.8)
+    near = near or get_close_matches(last, owners, n=2, cutoff=0.8 if elsewhere else 0.6)
+    if not near or (elsewhere and "ption" not in message):
         return message
     named = " or ".join(f"{name!r} (of {owners[name]})" if owners[name] else repr(name) for name in near)
     first_line = message.strip().splitlines()[0] if "Given value" in message else message.strip()
