@@ -61,7 +61,9 @@ def explain(message: str, parser: Any) -> str:  # noqa: ANN401
     unknown = found.group(1)
     owners = _parameters() | {option: "" for option in _options(parser)}
     last = unknown.rpartition(".")[2]
-    elsewhere = owners.pop(last, None) is not None  # a name of another class, so only a very near one is meant
+    elsewhere = owners.pop(last, None) is not None  # a name of another class, so only a very near option is meant
+    if elsewhere:
+        owners = {name: owner for name, owner in owners.items() if not owner}
     near = get_close_matches(unknown, owners, n=1, cutoff=0.8)
     near = near or get_close_matches(last, owners, n=2, cutoff=0.8 if elsewhere else 0.6)
     if not near or (elsewhere and "ption" not in message):
