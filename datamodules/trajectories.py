@@ -277,6 +277,11 @@ def _common_start(singles: Sequence[_Single], metrics: Sequence[str], tests: Seq
         if not whole:
             best = int(measured.sum((1, 2)).argmax())
             metric, test = np.argwhere(~measured[best])[0]
+            if not getattr(single.run, "complete", True):
+                raise ValueError(
+                    f"{single.run.folder}: the run is unfinished and has no step with values of all tests; let it end, "
+                    "resume it, or leave it out of data.runs"
+                )
             raise ValueError(
                 f"{single.run.folder}: no step has values of all tests to start from, since {metrics[metric]} of test "
                 f"{tests[test]} is missing at step {single.steps[best]}; record with record_start, or leave that test "

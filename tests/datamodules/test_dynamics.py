@@ -817,6 +817,18 @@ def test_a_run_without_a_start(tmp_path):
         make(save(tmp_path, 0, values))
 
 
+def test_an_unfinished_run_without_a_start_is_called_unfinished(tmp_path):
+    values = values_of(0)
+    values[:, 1] = np.nan
+    values[3, 1] = 1.0
+    values[3, 2] = np.nan
+    path = save(tmp_path, 0, values)
+    facts = next(tmp_path.rglob("run.json"))
+    facts.write_text(json.dumps(json.loads(facts.read_text()) | {"complete": False}))
+    with pytest.raises(ValueError, match=r"run-0: the run is unfinished, .* leave it out of data\.runs"):
+        make(path)
+
+
 def test_runs_without_a_common_start(tmp_path):
     save(tmp_path, 0, values_of(0)[::2], rec_step=[0, 2, 4, 6])
     save(tmp_path, 1, values_of(1)[1::2], rec_step=[1, 3, 5])
