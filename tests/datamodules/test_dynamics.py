@@ -825,7 +825,7 @@ def test_an_unfinished_run_without_a_start_is_called_unfinished(tmp_path):
     path = save(tmp_path, 0, values)
     facts = next(tmp_path.rglob("run.json"))
     facts.write_text(json.dumps(json.loads(facts.read_text()) | {"complete": False}))
-    with pytest.raises(ValueError, match=r"run-0: the run is unfinished, .* leave it out of data\.runs"):
+    with pytest.raises(ValueError, match=r"run-0: the run is unfinished and .* leave it out of data\.runs"):
         make(path)
 
 
