@@ -10,6 +10,7 @@ __getattr__, __dir__, __all__ = attach(
     {
         "Confusables": "noise",
         "DynamicsData": "dynamics",
+        "FolkWave": "folkwave",
         "Glue": "pixel_tasks",
         "InstructionData": "instruction",
         "Leet": "noise",
