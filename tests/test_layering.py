@@ -81,5 +81,7 @@ def top_level(path):
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_torchaudio_is_repaired_before_transformers_is_imported(path):
     names = list(top_level(path))
-    needing = [number for number, name in enumerate(names) if name.split(".")[0] in ("transformers", "diffusers", "torchaudio")]
+    needing = [
+        number for number, name in enumerate(names) if name.split(".")[0] in ("transformers", "diffusers", "torchaudio")
+    ]
     assert not needing or "lit_models._compat" in names[: needing[0]]
