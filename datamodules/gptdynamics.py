@@ -19,7 +19,7 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from lit_models.recording import DynamicsRun, Ids, find_runs, write_atomically, write_examples, write_run
+from lit_models.recording import DynamicsRun, Ids, find_runs, read_lines, write_atomically, write_examples, write_run
 
 SAMPLES = "train_samples_id.json"
 TRAJECTORY = re.compile(r"all_(.+)_trajectory\.out")
@@ -367,19 +367,8 @@ def read_texts(path: str | Path) -> list[dict[str, Any]]:
 
 
 def _read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Objects of a file of JSON lines, with their numbers."""
-    if not path.is_file():
-        raise ValueError(f"{path}: there is no such file; restore it from the released data")
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}: line {number} is not a JSON object; restore the file from the released data")
-        yield number, row
+    """Objects of a file of the release, with the numbers of their lines."""
+    return read_lines(path, "restore it from the released data", "restore the file from the released data")
 
 
 def _write_lines(path: Path, rows: Sequence[Any] | Iterator[Any]) -> None:

@@ -30,6 +30,7 @@ from lit_models.recording.examples import read_examples as read_examples
 from lit_models.recording.examples import write_examples as write_examples
 from lit_models.recording.files import find_runs as find_runs
 from lit_models.recording.files import read_info as read_info
+from lit_models.recording.files import read_lines as read_lines
 from lit_models.recording.files import write_atomically as write_atomically
 from lit_models.recording.ids import Ids as Ids
 from lit_models.recording.parquet import write_parquet as write_parquet

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lit_models.recording.files import write_atomically
+from lit_models.recording.files import read_lines, write_atomically
 
 Example = dict[str, Any]
 
@@ -44,20 +44,8 @@ def read_examples(path: str | Path) -> list[Example]:
         ValueError: if the file is missing, a line is no JSON object, a row lacks a key or an id occurs twice.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: there is no such file; write it with lit_models.recording.write_examples")
-    rows = []
-    # Split at "\n" alone, as texts may hold U+2028.
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}: line {number} is not a JSON object; every line holds one example")
-        rows.append(row)
+    missing, broken = "write it with lit_models.recording.write_examples", "every line holds one example"
+    rows = [row for _, row in read_lines(path, missing, broken)]
     _check_examples(rows, path)
     return rows
 

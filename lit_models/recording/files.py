@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -18,6 +18,35 @@ SCHEMA = 1
 PART = re.compile(r"part-r(\d+)-(\d+)\.safetensors")
 FILE = re.compile(r"(?:part|features)-r(\d+)(?:-\d+)?\.safetensors")
 OPTIONAL = ("train_loss", "grad_norm")
+
+
+def read_lines(path: Path, missing: str, broken: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Objects of a file of JSON lines.
+
+    Args:
+        path: the file.
+        missing: what to do if it is not there, for the error.
+        broken: what to do about a line that is no JSON object, for the error.
+
+    Yields:
+        Number of the line, from 1, and its object; empty lines are left out.
+
+    Raises:
+        ValueError: if the file is missing, or a line is no JSON object.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: there is no such file; {missing}")
+    # Split at "\n" alone, as texts may hold U+2028.
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}: line {number} is not a JSON object; {broken}")
+        yield number, row
 
 
 def write_atomically(path: Path, content: bytes) -> None:

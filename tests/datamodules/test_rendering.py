@@ -201,8 +201,6 @@ def _positions(renderer, text):
 @pytest.mark.parametrize("order", ["visual", "logical"])
 @pytest.mark.parametrize("mode", ["continuous", "words", "mono", "bigrams"])
 def test_offsets_cover_the_text(name, order, mode):
-    if name == "emoji" and mode != "continuous":
-        pytest.skip("sequences are one cell")
     renderer = TextRenderer(128, fonts=["noto"], rtl_order=order, mode=mode)
     text = TEXTS[name]
     strip = renderer.render(text, offsets=True)
