@@ -94,6 +94,7 @@ class Layout(NamedTuple):
     width: int
 
 
+RTLOrder: TypeAlias = Literal["visual", "logical"]
 Units: TypeAlias = tuple[list[str], int, bool]
 """Units from left to right, the first character of the text they were cut from, and whether it is right to left."""
 
@@ -159,7 +160,7 @@ class TextRenderer(Renderer):
         colour: Literal["gray", "rgb", "binary"] = "gray",
         fonts: list[str] | None = None,
         direction: bidi.Direction = "auto",
-        rtl_order: Literal["visual", "logical"] = "visual",
+        rtl_order: RTLOrder = "visual",
         truncation: Literal["longest_first", "official"] = "longest_first",
         fit: bool = False,
         cache: bool = True,
@@ -250,9 +251,12 @@ class TextRenderer(Renderer):
         return self._finish(self._compose(layout))[MARGIN:], layout.width
 
     def _visible(self, text: str, limit: int) -> str:
-        """A beginning of a long text, cut behind a blank, that is at least as wide as what can be seen."""
+        """A beginning of a long text, cut behind a blank, that is at least as wide as what can be seen.
+
+        Measured as ordinary text from left to right, which is less than twice as wide as any other way to draw it.
+        """
         end, width = 0, 0
-        while end < len(text) and width <= limit:
+        while end < len(text) and width <= 2 * limit:
             start, end = end, min(len(text), end + CHUNK)
             blank = text.find(" ", end, end + CHUNK)
             end = end if blank < 0 else blank + 1
@@ -400,10 +404,12 @@ class TextRenderer(Renderer):
     def _cells(self, text: str, limit: int, offsets: bool) -> Line:
         """Modes that give words or characters cells of their own."""
         step = self.patch_size if self.mode != "mono" else self.patch_size // 2
+        if self.rtl_order == "visual" and bidi.has_rtl(text) and bidi.base_level(text, self.direction) == 1:
+            text = self._first_cells(text, limit, step)  # else the cut would take away what is read first
         parts: list[tuple[Pixels, int]] = []
         boxes: list[tuple[float, float, int, int]] = []
         x = MARGIN if self.mode == "words" else 0
-        for ink, width, first, last in self._blocks(text):
+        for ink, width, first, last in self._blocks(text, self.rtl_order):
             parts.append((ink, x))
             boxes.append((x, x + width, first, last))
             x = step * math.ceil((x + width) / step)
@@ -416,9 +422,18 @@ class TextRenderer(Renderer):
             np.maximum(spot, ink[: len(spot)], out=spot)
         return Line(self._finish(canvas), max(end, 2 * MARGIN), boxes if offsets else ())
 
-    def _blocks(self, text: str) -> Iterator[tuple[Pixels, float, int, int]]:
-        """Ink, width in pixels, and characters of the cells in the order they are drawn."""
-        words = self._words_in_order(text)
+    def _first_cells(self, text: str, limit: int, step: int) -> str:
+        """The beginning of a text whose cells fit."""
+        x = MARGIN if self.mode == "words" else 0
+        for _, width, first, _ in self._blocks(text, "logical"):
+            x = step * math.ceil((x + width) / step)
+            if x > limit:
+                return text[:first]
+        return text
+
+    def _blocks(self, text: str, order: RTLOrder) -> Iterator[tuple[Pixels, float, int, int]]:
+        """Ink, width in pixels, and characters of the cells in an order."""
+        words = self._words(text, order)
         for number, (word, start, rtl) in enumerate(words):
             last = number == len(words) - 1
             if self.mode == "words":
@@ -428,7 +443,7 @@ class TextRenderer(Renderer):
             borders = [match.span() for match in regex.finditer(r"\X", word)]
             size = 2 if self.mode == "bigrams" else 1
             groups = [borders[k : k + size] for k in range(0, len(borders), size)]
-            turned = rtl and self.rtl_order == "visual"
+            turned = rtl and order == "visual"
             for group in reversed(groups) if turned else groups:
                 yield self._cell(word, group[0][0], group[-1][1], rtl, start)
             if not last and self.mode == "mono":
@@ -437,17 +452,16 @@ class TextRenderer(Renderer):
                 empty = np.zeros((0, self.height * self.channels), np.uint8)
                 yield empty, self.patch_size / 2, space, space + 1
 
-    def _words_in_order(self, text: str) -> list[tuple[str, int, bool]]:
-        """Words with their first character and direction, in the order they are drawn."""
-        runs = bidi.runs(text, self.direction) if bidi.has_rtl(text) or self.direction == "rtl" else None
-        pieces = [(text, 0, False)]
-        if runs is not None:
-            order = runs if self.rtl_order == "logical" else bidi.visual_order(runs)
-            pieces = [(text[run.start : run.end], run.start, run.level % 2 == 1) for run in order]
+    def _words(self, text: str, order: RTLOrder) -> list[tuple[str, int, bool]]:
+        """Words with their first character and direction, in an order."""
+        runs = [bidi.Run(0, len(text), 0)]
+        if bidi.has_rtl(text) or self.direction == "rtl":
+            runs = bidi.runs(text, self.direction)
         words: list[tuple[str, int, bool]] = []
-        for piece, start, rtl in pieces:
-            found = [(match.group(), start + match.start(), rtl) for match in regex.finditer(r"[^ ]+", piece)]
-            words.extend(reversed(found) if rtl and self.rtl_order == "visual" else found)
+        for start, end, level in bidi.visual_order(runs) if order == "visual" else runs:
+            rtl = level % 2 == 1
+            found = [(match.group(), start + match.start(), rtl) for match in re.finditer("[^ ]+", text[start:end])]
+            words.extend(reversed(found) if rtl and order == "visual" else found)
         return words
 
     def _cell(self, word: str, first: int, last: int, rtl: bool, start: int) -> tuple[Pixels, float, int, int]:

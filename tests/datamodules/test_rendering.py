@@ -163,13 +163,23 @@ def test_a_long_text_is_cut():
     assert renderer.render("word " * 250_000).sep_patches == (63,)
 
 
-def test_a_long_right_to_left_text_keeps_its_beginning(noto):
+@pytest.mark.parametrize("mode", ["continuous", "words", "mono", "bigrams"])
+def test_a_long_right_to_left_text_keeps_its_beginning(mode):
     text = " ".join(f"{number} שלום" for number in range(100_000))
-    strip = TextRenderer(32, fonts=["noto"]).render(text, offsets=True)
+    strip = TextRenderer(32, fonts=["noto"], mode=mode).render(text, offsets=True)
     spans = [span for span in strip.offset_mapping if span != (0, 0)]
     assert min(start for start, _ in spans) == 0
     assert max(end for _, end in spans) < 100
     assert spans[-1][0] < spans[0][0]  # read from the right
+
+
+@pytest.mark.parametrize("mode", ["continuous", "words", "mono", "bigrams"])
+@pytest.mark.parametrize("text", [LATIN, "WWWW MMMM ", TEXTS["arabic"], "ككككك للللل ", "iiiiii llllll "])
+def test_looking_at_the_beginning_of_a_long_text_changes_nothing(text, mode, monkeypatch):
+    text = (text + " ") * (16_000 // len(text))
+    seen = TextRenderer(512, fonts=["noto"], mode=mode).render(text).pixel_values
+    monkeypatch.setattr("datamodules.rendering.harfbuzz.CHUNK", 1 << 30)
+    np.testing.assert_array_equal(seen, TextRenderer(512, fonts=["noto"], mode=mode).render(text).pixel_values)
 
 
 def test_equal_words_are_equal_pixels():
