@@ -18,7 +18,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 from torch.optim import Optimizer
 
 from lit_models.backbones import has_adapters
-from lit_models.nn.averaging import ema_
+from lit_models.nn.averaging import EMASchedule, EMAWarmup, ema_
 from lit_models.nn.groups import GroupOptions as GroupOptions
 from lit_models.nn.sharding import Sharding, merge_shards, shard
 
@@ -59,7 +59,8 @@ class LitBase(LightningModule):
         self.sharding = sharding or Sharding()
         self.strict_loading = False  # checked by load_state_dict below, which knows what may be missing
         self.ema: nn.Module | None = None
-        self._ema_decay: float | None = None
+        self._ema_schedule: EMASchedule | None = None
+        self._ema_updates = 0
 
     # -- networks ----------------------------------------------------------------------------------------------------
 
@@ -75,14 +76,24 @@ class LitBase(LightningModule):
         """Apply the sharding options to a network for the current strategy."""
         return shard(network, self.device_mesh, self.sharding)
 
-    def enable_ema(self, decay: float, part: str | None = None) -> None:
+    def enable_ema(
+        self,
+        decay: float,
+        part: str | None = None,
+        warmup: EMAWarmup = "none",
+        power: float = 0.75,
+        delay: int = 1,
+    ) -> None:
         """Keep an exponential moving average of one network; to be called before training starts.
 
         Args:
-            decay: weight of the average at each optimizer step.
+            decay: weight of the old average at each optimizer step, after the warm-up.
             part: name of the averaged sub-module, `ema_part` by default.
+            warmup: see `lit_models.nn.averaging.ema_decay`, as are the others.
+            power: exponent of the warm-up "power".
+            delay: first updates of a warm-up that copy the weights.
         """
-        self._ema_decay = decay
+        self._ema_schedule = EMASchedule(decay, warmup, power, delay)
         self.ema_part = part or self.ema_part
         network = getattr(self, self.ema_part, None)
         if isinstance(network, nn.Module) and self.ema is None:  # built before, for example by load_from_checkpoint
@@ -98,21 +109,22 @@ class LitBase(LightningModule):
             name: attribute.
             network: built and not yet sharded.
         """
-        if self._ema_decay is not None and name == self.ema_part:
+        if self._ema_schedule is not None and name == self.ema_part:
             self.ema = self.shard(_averaged(network))
         setattr(self, name, self.shard(network))
 
     def check_ema(self) -> None:
         """Last line of every `configure_model`: the network to average must be one that was placed."""
-        if self._ema_decay is not None and self.ema is None:
+        if self._ema_schedule is not None and self.ema is None:
             names = ", ".join(name for name, module in self.named_children() if name not in self.frozen)
             raise ValueError(f"callbacks.EMA.part: {type(self).__name__} has no {self.ema_part!r}; it trains {names}")
 
     def _update_ema(self, *_: object) -> None:
-        assert self._ema_decay is not None
+        assert self._ema_schedule is not None
         assert self.ema is not None
         online = getattr(self, self.ema_part)
-        ema_(self.ema.parameters(), online.parameters(), self._ema_decay)
+        ema_(self.ema.parameters(), online.parameters(), self._ema_schedule.at(self._ema_updates))
+        self._ema_updates += 1
 
     def train(self, mode: bool = True) -> "LitBase":
         """Set training mode, except for frozen and averaged networks, which have nothing to train."""
@@ -283,11 +295,13 @@ class LitBase(LightningModule):
         values.setdefault("_class_path", f"{type(self).__module__}.{type(self).__qualname__}")
         values["_instantiator"] = "lightning.pytorch.cli.instantiate_module"
         checkpoint[key] = values
-        if self._ema_decay is not None:
-            checkpoint["ema"] = {"decay": self._ema_decay, "part": self.ema_part}
+        if self._ema_schedule is not None:
+            checkpoint["ema"] = {**dataclasses.asdict(self._ema_schedule), "part": self.ema_part}
+            checkpoint["ema_updates"] = self._ema_updates
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Outside a run, where no callback asks for it, make room for the averaged weights of the checkpoint."""
+        """Count on the updates of an average; outside a run, where no callback asks for one, make room for it."""
+        self._ema_updates = checkpoint.get("ema_updates", 0)
         if self._trainer is None and "ema" in checkpoint:
             self.enable_ema(**checkpoint["ema"])
 

@@ -260,6 +260,33 @@ def test_average_of_an_unknown_part_is_refused(sft):
         module.configure_model()
 
 
+def test_warm_up_of_the_average_goes_on_after_a_resume(sft, batches, quiet_trainer, tmp_path):
+    def build():
+        module = sft()
+        module.enable_ema(0.9, warmup="ratio", delay=0)
+        return module
+
+    seen = []
+
+    class Weights(Callback):
+        def on_train_batch_end(self, trainer, module, *_):
+            seen.append(weights(module.net)["model.norm.weight"].clone())
+
+    whole = build()
+    saving = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=4)
+    trainer = quiet_trainer(max_epochs=2, callbacks=[saving, Weights()], enable_checkpointing=True)
+    trainer.fit(whole, batches)
+    expected = seen[0]  # decays of the updates: 0, 0, 2/11, 3/12, ...
+    for step, online in enumerate(seen):
+        decay = step / (9 + step) if step > 1 else 0.0
+        expected = decay * expected + (1 - decay) * online
+    assert torch.allclose(weights(whole.ema)["model.norm.weight"], expected, atol=1e-6)
+    resumed = build()
+    quiet_trainer(max_epochs=2).fit(resumed, batches, ckpt_path=tmp_path / "step=4.ckpt")
+    assert_same(weights(resumed), weights(whole))
+    assert_same(weights(LitBase.load_from_checkpoint(tmp_path / "step=8.ckpt")), weights(whole))
+
+
 def test_average_of_16_bit_weights_is_kept_in_float32(sft, tiny_lm):
     module = sft(FromPretrained(str(tiny_lm), dtype="bfloat16"))
     module.enable_ema(0.999)

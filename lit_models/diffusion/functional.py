@@ -1,4 +1,4 @@
-"""The diffusion process on waveforms: schedule, velocities, times, losses and the decay of weight averages.
+"""The diffusion process on waveforms: schedule, velocities, times, and losses.
 
 Shapes: B clips, C channels, L samples of sound. Time t runs from 0, clean sound, to 1, noise. The schedule is
 variance preserving: α = cos(πt/2) and σ = sin(πt/2), noisy sound z = αx + σε, and the network predicts the velocity
@@ -17,7 +17,6 @@ from torch.quasirandom import SobolEngine
 TimeLaw = Literal["uniform", "crash", "logit_normal"]
 TimeSequence = Literal["sobol", "stratified", "random"]
 LossWeighting = Literal["none", "min_snr"]
-EMAWarmup = Literal["power", "ratio", "none"]
 
 HALF_PI = math.pi / 2
 LATEST = 0.999999
@@ -475,30 +474,3 @@ def stft_loss(x0: Tensor, x: Tensor, t: Tensor, sizes: tuple[int, ...] = STFT_SI
         () float32, the mean over clips.
     """
     return (alpha_sigma(t)[0].square() * stft_distance(x0, x, sizes)).mean()
-
-
-# -- average of weights ------------------------------------------------------------------------------------------------
-
-
-def ema_decay(
-    step: int, maximum: float = 0.9999, warmup: EMAWarmup = "power", power: float = 0.75, delay: int = 1
-) -> float:
-    """Share of the old average of weights that stays after an update.
-
-    Args:
-        step: number of this update, counted from 0.
-        maximum: decay after the warm-up.
-        warmup: with k = step - delay - 1, "power" is 1 - (1+k)^-power and "ratio" (1+k) / (10+k), both 0 while k ≤ 0;
-            "none" is `maximum` from the start.
-        power: exponent of "power".
-        delay: number of updates that copy the weights. ema-pytorch has 1, diffusers 0.
-
-    Returns:
-        Decay in [0, 1).
-    """
-    if warmup == "none":
-        return maximum
-    count = step - delay - 1
-    if count <= 0:
-        return 0.0
-    return min(maximum, 1 - (1 + count) ** -power if warmup == "power" else (1 + count) / (10 + count))

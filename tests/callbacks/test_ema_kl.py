@@ -12,8 +12,8 @@ class Averaged(Tiny):
         super().__init__()
         self.calls = []
 
-    def enable_ema(self, decay, part):
-        self.calls.append(("enable_ema", decay, part))
+    def enable_ema(self, decay, part, **warmup):
+        self.calls.append(("enable_ema", decay, part, warmup))
 
     def configure_model(self):
         self.calls.append("configure_model")
@@ -22,13 +22,14 @@ class Averaged(Tiny):
 class TestEMA:
     def test_asks_for_the_average_before_the_networks_are_built(self, tmp_path):
         model = Averaged()
-        trainer(tmp_path, callbacks=[EMA(0.9, "actor")], max_steps=1).fit(model)
-        assert model.calls == [("enable_ema", 0.9, "actor"), "configure_model"]
+        trainer(tmp_path, callbacks=[EMA(0.9, "actor", warmup="ratio", delay=0)], max_steps=1).fit(model)
+        options = {"warmup": "ratio", "power": 0.75, "delay": 0}
+        assert model.calls == [("enable_ema", 0.9, "actor", options), "configure_model"]
 
     def test_leaves_the_choice_of_the_network_to_the_module(self, tmp_path):
         model = Averaged()
         trainer(tmp_path, callbacks=[EMA()]).test(model, verbose=False)
-        assert model.calls[0] == ("enable_ema", 0.992, None)
+        assert model.calls[0][:3] == ("enable_ema", 0.992, None)
 
     def test_a_module_without_an_average_is_an_error(self, tmp_path):
         run = trainer(tmp_path, callbacks=[EMA()])
@@ -39,6 +40,11 @@ class TestEMA:
     def test_decay_out_of_range(self, decay):
         with pytest.raises(ValueError, match=r"callbacks\.EMA\.decay must lie between 0 and 1"):
             EMA(decay)
+
+    @pytest.mark.parametrize("options", [{"power": 0.0}, {"delay": -1}, {"warmup": "cosine"}])
+    def test_warmup_out_of_range(self, options):
+        with pytest.raises(ValueError, match=f"callbacks.EMA.*{next(iter(options))}"):
+            EMA(**options)
 
 
 class TestKLController:

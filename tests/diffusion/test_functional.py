@@ -5,6 +5,7 @@ import torch
 
 from lit_models.diffusion import functional
 from lit_models.diffusion.functional import TimeSampler, alpha_sigma, diffuse, sound_and_noise, velocity, velocity_loss
+from lit_models.nn.averaging import ema_decay
 
 
 def normal(*shape, seed=0):
@@ -302,9 +303,9 @@ def test_spectral_term_names_clips_that_are_too_short():
 
 def test_decay_rises_to_its_maximum():
     for warmup in ("power", "ratio"):
-        decays = [functional.ema_decay(step, 0.9, warmup) for step in range(200)]
+        decays = [ema_decay(step, 0.9, warmup) for step in range(200)]
         assert decays[:3] == [0.0, 0.0, 0.0]
         assert decays == sorted(decays)
         assert decays[3] > 0
         assert decays[-1] == 0.9
-    assert functional.ema_decay(0, 0.9, "none") == 0.9
+    assert ema_decay(0, 0.9, "none") == 0.9

@@ -10,7 +10,6 @@ from lit_models.diffusion.functional import (
     alpha_sigma,
     crash_time,
     diffuse,
-    ema_decay,
     gaussian_velocity,
     sound_and_noise,
     velocity,
@@ -27,6 +26,7 @@ from lit_models.diffusion.samplers import (
     heun,
     inpaint,
 )
+from lit_models.nn.averaging import ema_decay
 
 
 def close(ours, expected, tolerance):
