@@ -44,6 +44,10 @@ def test_a_share_of_the_total_and_one_warmup_per_group():
     assert second == pytest.approx([0, 1, 2, 2])
 
 
+def test_linear_decay_to_a_floor():
+    assert rates(WarmupLinear, 6, warmup=2, total=6, floor=0.2)[0] == pytest.approx([0, 0.5, 1, 0.8, 0.6, 0.4, 0.2])
+
+
 @pytest.mark.parametrize("warmup", [-1, 1.5, -0.1])
 def test_warmup_out_of_range(warmup):
     with pytest.raises(ValueError, match=r"lr_scheduler\.warmup takes steps"):

@@ -80,22 +80,24 @@ class WarmupConstant(_Warmup):
 
 
 class WarmupLinear(_Warmup):
-    """Linear warm-up, then linear decay to zero at `total` steps.
+    """Linear warm-up, then linear decay to `floor` at `total` steps.
 
     Args:
         optimizer: the optimizer to schedule.
         warmup: steps (int), share of `total` (float), or one of these per parameter-group name.
         total: number of optimizer steps of the run; under a trainer, by default, those it will take.
+        floor: final multiplier.
 
     Raises:
         ValueError: if `warmup` or `total` is out of range.
     """
 
-    def __init__(self, optimizer: Optimizer, total: int | None = None, warmup: Warmup = 0) -> None:
+    def __init__(self, optimizer: Optimizer, total: int | None = None, warmup: Warmup = 0, floor: float = 0.0) -> None:
+        self.floor = floor
         super().__init__(optimizer, warmup, total)
 
     def _decay(self, progress: float) -> float:
-        return 1.0 - progress
+        return 1.0 - (1.0 - self.floor) * progress
 
 
 class WarmupCosine(_Warmup):
