@@ -8,6 +8,8 @@ from lit_models._lazy import attach
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
+        "AudioReader": "audio_io",
+        "AudioTexts": "audio",
         "Confusables": "noise",
         "DynamicsData": "dynamics",
         "FolkWave": "folkwave",

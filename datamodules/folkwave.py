@@ -9,11 +9,11 @@ import re
 import tempfile
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -22,13 +22,19 @@ from torch.utils.data import Dataset
 
 from datamodules.abc_notation import Tune, read_abc, tune_from_row
 from datamodules.assets import asset_path
-from datamodules.base import Collator, LitData, Split
-from datamodules.loaders import ResumableLoader, ResumableSampler
+from datamodules.base import Split
+from datamodules.clips import (
+    ClipData,
+    Draw,
+    PromptFormat,
+    check_least,
+    choose_format,
+    generators,
+    join_tags,
+    random_crop,
+)
 from datamodules.synth import INSTRUMENTS, Level, instrument, num_samples, render
 
-Draw: TypeAlias = tuple[int, int, int]
-"""Row number, epoch and pass."""
-PromptFormat: TypeAlias = Literal["free", "tags", "mixed"]
 REGISTERS = MappingProxyType({"low": -24, "middle": -12, "high": 0})
 """Semitones by register."""
 TEMPOS = MappingProxyType({"slow": 72.0, "medium": 104.0, "fast": 144.0})
@@ -172,17 +178,6 @@ def fill(template: str, facts: Mapping[str, str]) -> str:
         return f"{article}{'n' if value[0].lower() in 'aeiou' else ''} {value}"
 
     return _FIELD.sub(word, template)
-
-
-class DrawSampler(ResumableSampler):
-    """Row numbers as `ResumableSampler` gives them, each with epoch and pass, from which its random choices follow."""
-
-    def __iter__(self) -> Iterator[Any]:
-        """(row number, epoch, pass) from the position to the end of the pass."""
-        place = self.position  # moves on while batches are taken, so it is read before the first one
-        epoch, pass_ = place.epoch, place.pass_
-        for row in super().__iter__():
-            yield row, epoch, pass_
 
 
 class ClipCache:
@@ -333,29 +328,19 @@ class FolkClips(Dataset[dict[str, Any]]):
         return [facts[name] for name in self.options.tag_fields if facts[name]]
 
     def _generators(self, index: int | Draw) -> tuple[np.random.Generator, np.random.Generator]:
-        """For sound and for text, so that options of one do not change the other."""
         if isinstance(index, tuple):
             row, epoch, pass_ = index
-            seeds = np.random.SeedSequence([self.seed, epoch, pass_, row])
-        else:
-            tune, *_ = self._clip(index)
-            seeds = np.random.SeedSequence([zlib.crc32(tune.source.encode()), int(self.rows[index])])
-        sound, text = seeds.spawn(2)
-        return np.random.default_rng(sound), np.random.default_rng(text)
+            return generators([self.seed, epoch, pass_, row])
+        tune, *_ = self._clip(index)
+        return generators([zlib.crc32(tune.source.encode()), int(self.rows[index])])
 
     def _text(self, facts: Mapping[str, str], index: int | Draw, rng: np.random.Generator) -> tuple[str, str]:
         """Format and text."""
-        options = self.options
-        format_ = options.prompt_format
-        if format_ == "mixed":
-            format_ = "free" if rng.random() < 0.5 else "tags"
+        format_ = choose_format(self.options.prompt_format, rng)
         if format_ == "free":
             templates = usable_templates(facts)
             return format_, fill(templates[rng.integers(len(templates))], facts)
-        tags = self._tags(facts)
-        if isinstance(index, tuple):
-            rng.shuffle(tags)
-        return format_, ", ".join(tags)
+        return format_, join_tags(self._tags(facts), rng if isinstance(index, tuple) else None)
 
     def text(self, index: int | Draw) -> str:
         """Text of an example, without rendering it.
@@ -394,13 +379,10 @@ class FolkClips(Dataset[dict[str, Any]]):
         sound, words = self._generators(index)
         format_, text = self._text(facts, index, words)
         clip, valid = self.clip(row)
-        first, gain = 0, 1.0
+        first, gain = 0, np.float32(1)
         if isinstance(index, tuple):
-            place, loss, sign = sound.random(3)
-            # Beyond the end of the tune only if the tune is shorter than an example.
-            first = int(place * (max(valid - options.length, 0) + 1))
-            gain = 10 ** (-loss * options.gain_db / 20) * (-1 if options.flip and sign < 0.5 else 1)
-        crop = clip[first : first + options.length] * np.float32(gain)
+            first, gain = random_crop(valid, options.length, options.gain_db, options.flip, sound)
+        crop = clip[first : first + options.length] * gain
         tune, window, *_ = self._clip(row)
         return {
             "audio": torch.from_numpy(crop).expand(options.channels, -1),
@@ -413,25 +395,7 @@ class FolkClips(Dataset[dict[str, Any]]):
         }
 
 
-def collate_clips(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Put examples into a batch.
-
-    Args:
-        rows: examples of `FolkClips`.
-
-    Returns:
-        The batch; see `FolkWave`.
-    """
-    return {
-        "audio": torch.stack([row["audio"] for row in rows]),
-        "text": [row["text"] for row in rows],
-        "valid_length": torch.tensor([row["valid_length"] for row in rows]),
-        "index": torch.tensor([row["index"] for row in rows]),
-        "columns": {name: [row["columns"][name] for row in rows] for name in rows[0]["columns"]},
-    }
-
-
-class FolkWave(LitData):
+class FolkWave(ClipData):
     """Folk tunes on synthetic instruments, with texts that tell instrument, register, tempo and more.
 
     Nothing is stored: a clip is a window of a tune on one of the instruments, in one of the registers and tempos. It is
@@ -521,11 +485,9 @@ class FolkWave(LitData):
         num_workers: int = 0,
         seed: int = 1234,
     ) -> None:
-        super().__init__(batch_size, val_batch_size, num_workers, seed)
+        super().__init__(sample_rate, channels, length, batch_size, val_batch_size, num_workers, seed)
         self.save_hyperparameters(logger=False)
-        numbers: list[tuple[str, float | None, float]] = [
-            ("sample_rate", sample_rate, 1),
-            ("length", length, 1),
+        check_least(
             ("windows", windows, 1),
             ("min_notes", min_notes, 1),
             ("limit_tunes", limit_tunes, 1),
@@ -534,10 +496,7 @@ class FolkWave(LitData):
             ("limit_train", limit_train, 1),
             ("limit_val", limit_val, 0),
             ("limit_test", limit_test, 1),
-        ]
-        for key, value, least in numbers:
-            if value is not None and not value >= least:
-                raise ValueError(f"data.{key}: {value} must be at least {least}")
+        )
         tempos = dict(TEMPOS) if tempos is None else tempos
         for key, value in [("level", level), *((f"tempos.{word}", bpm) for word, bpm in tempos.items())]:
             if not 0 < value < float("inf"):
@@ -609,25 +568,6 @@ class FolkWave(LitData):
             )
         cache = ClipCache(self.cache_mb, self.cache_dir)
         return FolkClips(tunes, self.options, self.windows, self.limits[name], self.seed, cache)
-
-    def collator(self) -> Collator:
-        """Function from examples to a batch."""
-        return collate_clips
-
-    def train_dataloader(self) -> ResumableLoader:
-        """Loader of random crops of the training clips."""
-        dataset = self._dataset("train")
-        loader = ResumableLoader(
-            dataset,
-            self.batch_size,
-            sampler=DrawSampler(dataset, self.batch_size, seed=self.seed),
-            collate_fn=self.collator(),
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            generator=torch.Generator().manual_seed(self.seed),  # not the global one
-        )
-        loader.taken = self._taken_counter()
-        return loader
 
     def _dataset(self, split: Split) -> Any:  # noqa: ANN401
         if split == "val" and self.limits["val"] == 0:
