@@ -1,6 +1,8 @@
 """Texts worth reading: samples during training, predictions on disk."""
 
 import json
+import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,20 @@ def print_table(rows: list[Row], title: str) -> None:
     for row in rows:  # as Text, since samples may hold what looks like markup
         table.add_row(*(Text(f"{value:.3f}" if isinstance(value, float) else str(value)) for value in row.values()))
     Console().print(table)
+
+
+def remove_later(folder: Path, name: re.Pattern[str], step: int) -> None:
+    """Remove what was written after the step that a run goes on from; at step 0 everything.
+
+    Args:
+        folder: where to look; it need not exist.
+        name: of files or folders that are meant; its first group is the step.
+        step: the last one to keep.
+    """
+    for path in folder.iterdir() if folder.is_dir() else ():
+        match = name.fullmatch(path.name)
+        if match and (step == 0 or int(match[1]) > step):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 class SampleTable(Callback):
@@ -111,7 +127,9 @@ class SampleTable(Callback):
 
     def _write(self, trainer: Trainer, pl_module: LightningModule, split: str) -> None:
         samples: Any = pl_module.samples
-        rows: list[Row] = samples()[: self.num_rows] if trainer.is_global_zero else []
+        # Where networks are sharded, no process can use them alone.
+        asked = trainer.is_global_zero or pl_module.device_mesh is not None
+        rows: list[Row] = samples()[: self.num_rows] if asked else []
         self._write_rows(trainer, [{"step": trainer.global_step, "split": split, **row} for row in rows], split)
 
     def _write_rows(self, trainer: Trainer, rows: list[Row], tag: str = "") -> None:

@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from numpy.typing import NDArray
 
-from callbacks.samples import SampleTable
+from callbacks.samples import SampleTable, remove_later
 
 Image: TypeAlias = NDArray[np.uint8]
 
@@ -102,13 +102,9 @@ class StripImages(SampleTable):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remove pictures of steps that will be run again."""
-        folder = self._path(trainer)
-        if not trainer.is_global_zero or not folder.is_dir():
-            return
-        for path in folder.iterdir():
-            name = _NAME.fullmatch(path.name)
-            if name and (trainer.global_step == 0 or int(name[1]) > trainer.global_step):
-                path.unlink()
+        folder = self._path(trainer)  # on all ranks, since log_dir is broadcast
+        if trainer.is_global_zero:
+            remove_later(folder, _NAME, trainer.global_step)
 
     def _write(self, trainer: Trainer, pl_module: LightningModule, split: str) -> None:
         folder = self._path(trainer)  # on all ranks, since log_dir is broadcast

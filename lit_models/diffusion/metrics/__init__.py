@@ -5,6 +5,7 @@ from lit_models._lazy import attach
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
+        "ClapEmbedding": "clap",
         "ExtrapolatedFrechetAudioDistance": "distances",
         "FrechetAudioDistance": "distances",
         "InceptionScore": "scores",
@@ -18,6 +19,8 @@ __getattr__, __dir__, __all__ = attach(
         "RelevanceAccuracy": "scores",
         "Retrieval": "scores",
         "STFTDistance": "spectral",
+        "SoundFeatures": "tagger",
+        "SoundTagger": "tagger",
         "TaggerDivergence": "scores",
         "TempoAgreement": "music",
         "TextAudioSimilarity": "scores",
