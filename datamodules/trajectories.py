@@ -5,7 +5,6 @@ then all of the second one). A skipped update changed nothing, so its step is le
 """
 
 import glob
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -324,10 +324,10 @@ def measured_tests(runs: Sequence[Recorded], metrics: Sequence[str], tests: Sequ
         raise ValueError(f"data.runs: no test has values of {' and '.join(metrics)}; set data.metric or data.tests")
     if len(kept) < len(tests):
         lost = next(test for test in tests if test not in set(kept))
-        warnings.warn(
+        rank_zero_warn(
             f"data.runs: {len(tests) - len(kept)} of {len(tests)} tests have no values and are left out, such as test "
             f"{lost}",
-            stacklevel=2,
+            stacklevel=5,
         )
     return kept
 

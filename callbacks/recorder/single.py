@@ -2,12 +2,12 @@
 
 import copy
 import inspect
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
@@ -39,10 +39,10 @@ class SingleLoss:
         self.names = names
         self._stand_in: LightningModule | None = None
         self._logged: dict[str, Any] = {}
-        warnings.warn(
+        rank_zero_warn(
             f"{OPTION}: {type(module).__name__} has no per_example_metrics(batch), so tests run one by one through its "
             f"{names[0]}, which is slow; give it one, or name a function in metrics.loss",
-            stacklevel=2,
+            stacklevel=5,
         )
 
     def begin(self) -> None:

@@ -13,7 +13,6 @@ import lit_models._compat  # noqa: F401  (must run before transformers models ar
 
 # isort: split
 import inspect
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +31,7 @@ from transformers import (
 from transformers import initialization as init
 from transformers.utils.generic import ModelOutput
 
+from lit_models._ranks import warn
 from lit_models.pixel import functional
 from lit_models.pixel.configuration import PairOrder, PixelLMConfig
 from lit_models.pixel.generation import PixelGeneration
@@ -222,7 +222,7 @@ class PixelPreTrainedModel(LlamaPreTrainedModel):
         model, info = load(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         missing = sorted({key.rpartition(".")[0] for key in info["missing_keys"]} - {"score"})
         if missing:
-            warnings.warn(
+            warn(
                 f"{pretrained_model_name_or_path} has no weights for {', '.join(missing)}, which therefore start "
                 "untrained; train them before use",
                 stacklevel=2,
@@ -336,7 +336,7 @@ class PixelLMModel(PixelPreTrainedModel, LlamaModel):
         assert embeds is not None
         assert mask is not None
         if past + embeds.shape[1] > self.config.max_position_embeddings:
-            warnings.warn(
+            warn(
                 f"a sequence of {past + embeds.shape[1]} positions is longer than config.max_position_embeddings "
                 f"({self.config.max_position_embeddings}); the rotary embedding goes on, untrained there",
                 stacklevel=2,

@@ -1,7 +1,6 @@
 """Reading a run, finished or not."""
 
 import functools
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
+from lit_models._ranks import warn
 from lit_models.recording.files import PART, Part, part_paths, read_info, read_part
 from lit_models.recording.ids import Ids, interleaved, is_outside, outside, pool_of
 
@@ -334,7 +334,7 @@ def _read_ranks(folder: Path, info: Mapping[str, Any], strict: bool) -> tuple[di
     for number, problem in broken.items():
         parts = ranks[number].parts if number in ranks else []
         last = parts[-1].span()[1] if parts else 0
-        warnings.warn(f"{problem}; until then the run is read up to step {last}", stacklevel=3)
+        warn(f"{problem}; until then the run is read up to step {last}", stacklevel=3)
     return ranks, not broken
 
 
