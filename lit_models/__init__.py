@@ -23,6 +23,7 @@ __getattr__, __dir__, __all__ = attach(
         "LitPixelTask": "pixel",
         "LitRewardModel": "reward",
         "LitSFT": "sft",
+        "LitWaveform": "diffusion",
         "LoRA": "backbones",
     },
 )

@@ -53,7 +53,7 @@ def test_paper_models_parse_with_every_data_set(capsys, model):
         else:
             assert config["trainer"]["max_epochs"] >= 1
             assert config["trainer"]["max_steps"] == -1
-        assert options["tokenizer"] == arguments.get("tokenizer")  # None where there are only images
+        assert options.get("tokenizer") == arguments.get("tokenizer")  # none where there are only images or sounds
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,7 @@ from lit_models.diffusion.resampling import (
     fold,
     unfold,
 )
+from lit_models.nn.sharding import ShardingNeeds
 
 Fuse = Literal["concat", "sum", "none"]
 
@@ -120,6 +121,8 @@ class HalfLevel(nn.Module):
         Returns:
             (B, last of `widths`, samples of the level that follows).
         """
+        first: Any = self.blocks[0]
+        x = x.to(first.conv_1.weight.dtype)  # sharded weights are gathered in another type than they have
         if self.down is not None:
             x = self.down(x)
         for number, block in enumerate(self.blocks):
@@ -171,6 +174,9 @@ class WaveformUNet1DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
     _supports_gradient_checkpointing = True
     _no_split_modules = ["HalfLevel"]  # type: ignore[assignment]  # noqa: RUF012
     _keep_in_fp32_modules = ["time_features"]  # type: ignore[assignment]  # noqa: RUF012
+    sharding_needs = ShardingNeeds(
+        units=("HalfLevel",), cast_inputs=False, cast_unit_inputs=False, float32=("TimeFeatures",)
+    )
 
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
