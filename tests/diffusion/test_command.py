@@ -221,8 +221,8 @@ def test_the_example_runs(folder, tmp_path, capsys):
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
     example.main(str(folder), str(tmp_path))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.wav", "1.wav", "2.wav", "sounds.png"]
-    assert len(capsys.readouterr().out.splitlines()) == 4
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.wav", "1.wav", "2.wav", "3.wav", "sounds.png"]
+    assert len(capsys.readouterr().out.splitlines()) == 5
     with pytest.raises(SystemExit, match="train a model"):
         example.main(str(tmp_path / "nowhere"), str(tmp_path))
 
