@@ -1,12 +1,15 @@
 """Checkpoints that are whole or not there."""
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from lit_models.shards import read_shards
 
 # Trainers look for checkpoints by parts of their names, so a draft must not carry the name of what it will be.
 DRAFT = ".unfinished-"
@@ -50,6 +53,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
+            if target.is_dir():  # shards of a run under another strategy
+                shutil.rmtree(target)
             os.replace(draft, target)
             _sync_folder(target.parent)
         except (OSError, RuntimeError) as error:
@@ -62,6 +67,24 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             ) from error
         finally:
             draft.unlink(missing_ok=True)
+
+    def load_checkpoint(self, path: _PATH, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]  # noqa: ANN401
+        """Read a checkpoint; one in shards, as `FullyShardStrategy` writes it, is put together in memory.
+
+        Args:
+            path: file, or folder of shards.
+            *args: see `TorchCheckpointIO`.
+            **kwargs: see `TorchCheckpointIO`.
+
+        Returns:
+            The checkpoint.
+
+        Raises:
+            ValueError: if the path is a folder of anything else.
+        """
+        if "://" not in str(path) and Path(path).is_dir():
+            return read_shards(path)
+        return super().load_checkpoint(path, *args, **kwargs)
 
 
 def _disk_error(error: BaseException | None) -> OSError | None:

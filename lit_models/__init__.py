@@ -15,6 +15,7 @@ __getattr__, __dir__, __all__ = attach(
         "FromGGUF": "backbones",
         "FromModule": "backbones",
         "FromPretrained": "backbones",
+        "FullyShardStrategy": "strategies",
         "LitBase": "base",
         "LitInfluence": "influence",
         "LitPIXEL": "pixel",

@@ -6,14 +6,14 @@ A recipe is plain data, so it can be written in YAML, saved in a checkpoint and 
 import copy
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import lit_models._compat  # noqa: F401  (must run before transformers models are imported)
 from lit_models.gguf import find_gguf
@@ -99,6 +99,39 @@ def merged(model: "PreTrainedModel") -> "PreTrainedModel":
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer.get_base_layer())
     return model
+
+
+def fold_adapters(model: "PreTrainedModel", state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """State of the network that `merged` would give, for networks that can't be copied, such as sharded ones.
+
+    Args:
+        model: network with adapters; only their places and scales are read.
+        state: its whole state.
+
+    Returns:
+        State without adapters.
+    """
+    folded = dict(state)
+    for name, layer in adapter_layers(model).items():
+        own = {key: folded.pop(key) for key in list(folded) if key.startswith(f"{name}.")}
+        base = {
+            key.replace(".base_layer.", ".", 1): value
+            for key, value in own.items()
+            if key.startswith(f"{name}.base_layer.")
+        }
+        for adapter in layer.active_adapters:
+            pair = [own.get(f"{name}.lora_{part}.{adapter}.weight") for part in "AB"]
+            transposed = getattr(layer, "fan_in_fan_out", False)
+            if pair[0] is None:  # that of a table of embeddings
+                pair, transposed = [own[f"{name}.lora_embedding_{part}.{adapter}"] for part in "AB"], True
+            down, up = pair
+            assert down is not None
+            assert up is not None
+            delta = (up.float() @ down.float()) * layer.scaling[adapter]
+            weight = base[f"{name}.weight"]
+            base[f"{name}.weight"] = weight + (delta.T if transposed else delta).to(weight.dtype)
+        folded |= base
+    return folded
 
 
 class Backbone(ABC):

@@ -6,24 +6,30 @@ import functools
 import importlib
 import inspect
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lit_models.backbones import has_adapters
 from lit_models.nn.averaging import EMASchedule, EMAWarmup, ema_
 from lit_models.nn.groups import GroupOptions as GroupOptions
-from lit_models.nn.sharding import Sharding, merge_shards, shard
+from lit_models.nn.meta import build_once, whole_weights, without_weights
+from lit_models.nn.sharding import Sharding, free_gathered, gathered, has_shards, is_sharded, shard
+from lit_models.shards import merge_shards
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+T = TypeVar("T")
 
 
 class CheckpointMismatchError(ValueError):
@@ -57,6 +63,7 @@ class LitBase(LightningModule):
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.sharding = sharding or Sharding()
+        self._placed: list[tuple[nn.Module, Sharding]] = []  # networks, and the options to shard them by
         self.strict_loading = False  # checked by load_state_dict below, which knows what may be missing
         self.ema: nn.Module | None = None
         self._ema_schedule: EMASchedule | None = None
@@ -72,9 +79,55 @@ class LitBase(LightningModule):
         """Hugging Face models to export, by folder name."""
         raise NotImplementedError(f"{type(self).__name__} must define exported_models()")
 
-    def shard(self, network: nn.Module) -> nn.Module:
-        """Apply the sharding options to a network for the current strategy."""
-        return shard(network, self.device_mesh, self.sharding)
+    def build(self, make: Callable[[], T]) -> T:
+        """Make a network; every `configure_model` makes its networks with this.
+
+        Of processes that share the weights, only the first one calls the function. The others get the same structure
+        with parameters on the meta device, which nothing may read before the network is placed or frozen.
+
+        Args:
+            make: returns a network, or a container with networks and what belongs to them.
+
+        Returns:
+            What the function returned.
+        """
+        return make() if self.device_mesh is None else build_once(make)
+
+    def shard(
+        self, network: nn.Module, weights: dict[str, Tensor] | None = None, options: Sharding | None = None
+    ) -> nn.Module:
+        """Apply sharding options to a network for the current strategy; see `lit_models.nn.shard`.
+
+        Args:
+            network: built and not yet sharded.
+            weights: see there.
+            options: in place of the module's own.
+
+        Returns:
+            The same network.
+        """
+        options = options or self.sharding
+        self._placed.append((network, options))
+        return shard(network, self.device_mesh, options, weights)
+
+    def shard_built(self) -> None:
+        """Shard networks that were built without a trainer, such as those of a loaded checkpoint.
+
+        Every `configure_model` returns with this where its networks exist already.
+        """
+        if self.device_mesh is None:
+            return
+        own = set(self.modules())
+        for network, options in self._placed:
+            if network in own and not is_sharded(network):
+                shard(network, self.device_mesh, options)
+
+    def gathered(self, network: nn.Module) -> AbstractContextManager[None]:
+        """Keep all weights of a network on every process for many uses in a row; see `lit_models.nn.sharding.gathered`.
+
+        All processes must enter and leave it. Networks that are not sharded stay as they are.
+        """
+        return nullcontext() if self.device_mesh is None else gathered(network)
 
     def enable_ema(
         self,
@@ -97,7 +150,13 @@ class LitBase(LightningModule):
         self.ema_part = part or self.ema_part
         network = getattr(self, self.ema_part, None)
         if isinstance(network, nn.Module) and self.ema is None:  # built before, for example by load_from_checkpoint
-            self.ema = _averaged(network)
+            if is_sharded(network):
+                raise ValueError(
+                    "callbacks.EMA: the networks are sharded already; have the callback in trainer.callbacks of the "
+                    "first run of this module"
+                )
+            self.ema = copy.deepcopy(network).float().requires_grad_(False).eval()
+            self._placed.append((self.ema, self.sharding))
 
     def place(self, name: str, network: nn.Module) -> None:
         """Shard a trained network and keep it as attribute `name`, with its averaged copy where one is wanted.
@@ -110,8 +169,38 @@ class LitBase(LightningModule):
             network: built and not yet sharded.
         """
         if self._ema_schedule is not None and name == self.ema_part:
-            self.ema = self.shard(_averaged(network))
+            average, weights = self._copied(network)
+            self.ema = self.shard(average.float().requires_grad_(False).eval(), weights)
         setattr(self, name, self.shard(network))
+
+    def place_frozen(self, network: nn.Module) -> nn.Module:
+        """Shard a network that is not trained.
+
+        Args:
+            network: built and not yet sharded.
+
+        Returns:
+            The same network without gradients, in evaluation mode.
+        """
+        return self.shard(network.requires_grad_(False).eval())
+
+    def frozen_copy(self, network: nn.Module) -> nn.Module:
+        """A copy of a network that is not trained, sharded.
+
+        Args:
+            network: built and not yet sharded.
+
+        Returns:
+            The copy.
+        """
+        copied, weights = self._copied(network)
+        return self.shard(copied.requires_grad_(False).eval(), weights)
+
+    def _copied(self, network: nn.Module) -> tuple[nn.Module, dict[str, Tensor] | None]:
+        """Copy of a network to shard, and the weights to do it with, which are not copied where they are scattered."""
+        if self.device_mesh is None:
+            return copy.deepcopy(network), None
+        return without_weights(network), whole_weights(network)
 
     def check_ema(self) -> None:
         """Last line of every `configure_model`: the network to average must be one that was placed."""
@@ -119,11 +208,16 @@ class LitBase(LightningModule):
             names = ", ".join(name for name, module in self.named_children() if name not in self.frozen)
             raise ValueError(f"callbacks.EMA.part: {type(self).__name__} has no {self.ema_part!r}; it trains {names}")
 
-    def _update_ema(self, *_: object) -> None:
+    def _update_ema(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         assert self._ema_schedule is not None
         assert self.ema is not None
+        if "closure" in kwargs and kwargs["closure"] is None:
+            return  # a step without effect, which torch's sharded checkpoints take to have the state made
         online = getattr(self, self.ema_part)
-        ema_(self.ema.parameters(), online.parameters(), self._ema_schedule.at(self._ema_updates))
+        for network in (self.ema, online):
+            free_gathered(network)  # an average is used in validation, after which no backward pass frees it
+        own, theirs = ([_local(value) for value in network.parameters()] for network in (self.ema, online))
+        ema_(own, theirs, self._ema_schedule.at(self._ema_updates))
         self._ema_updates += 1
 
     def train(self, mode: bool = True) -> "LitBase":
@@ -133,6 +227,14 @@ class LitBase(LightningModule):
             if not any(parameter.requires_grad for parameter in module.parameters()):
                 module.eval()
         return self
+
+    def on_validation_model_eval(self) -> None:
+        """Set evaluation mode, in which ranks may have different numbers of batches, or none."""
+        super().on_validation_model_eval()
+        wrapper = self.trainer.model
+        if isinstance(wrapper, DistributedDataParallel):
+            # Its next forward pass would broadcast the buffers, and wait for ranks that have no row. None has changed.
+            wrapper.require_forward_param_sync = False
 
     # -- optimization ------------------------------------------------------------------------------------------------
 
@@ -153,7 +255,17 @@ class LitBase(LightningModule):
         return [group for group in groups if group["params"]]
 
     def configure_optimizers(self) -> Any:  # noqa: ANN401
-        """One optimizer over the named groups, and its schedule per optimizer step."""
+        """One optimizer over the named groups, and its schedule per optimizer step.
+
+        Raises:
+            ValueError: if a network is trained in shards without having been placed.
+        """
+        for name, network in self.trained_networks().items():
+            if self.device_mesh is not None and not has_shards(network):
+                raise ValueError(
+                    f"trainer.strategy: {type(self).__name__} does not shard its network {name!r}; place it with "
+                    "self.place in configure_model, or take the strategy ddp"
+                )
         optimizer: Optimizer = self.optimizer(self.param_groups())
         if self.ema is not None:
             optimizer.register_step_post_hook(self._update_ema)
@@ -215,6 +327,39 @@ class LitBase(LightningModule):
             state.pop(prefix + key, None)
         return state
 
+    def check_state(self, shapes: Mapping[str, Sequence[int]]) -> None:
+        """Make sure that a checkpoint belongs to this module.
+
+        Args:
+            shapes: of the tensors in it, by name.
+
+        Raises:
+            CheckpointMismatchError: if keys or shapes belong to another model.
+        """
+        own = {name: tuple(value.shape) for name, value in self.state_dict().items()}
+        unexpected = sorted(set(shapes) - set(own) - set(self._left_out()))
+        missing = sorted(set(own) - set(shapes))
+        if unexpected and all(key.startswith("ema.") for key in unexpected) and not missing:
+            raise CheckpointMismatchError(
+                "the checkpoint holds averaged weights (ema.*), but this run keeps none; "
+                "add callbacks.EMA to trainer.callbacks"
+            )
+        if missing and all(key.startswith("ema.") for key in missing) and not unexpected:
+            raise CheckpointMismatchError(
+                "the checkpoint holds no averaged weights (ema.*), but trainer.callbacks has callbacks.EMA; remove it"
+            )
+        other = [key for key in own if key in shapes and own[key] != tuple(shapes[key])]
+        if unexpected or missing or other:
+            examples = [f"{key!r} is missing" for key in missing[:1]]
+            examples += [f"{key!r} is unknown" for key in unexpected[:1]]
+            examples += [f"{key!r} has shape {tuple(shapes[key])} instead of {own[key]}" for key in other[:1]]
+            raise CheckpointMismatchError(
+                f"the checkpoint is of another model than {type(self).__name__} as configured "
+                f"({len(missing)} keys missing, {len(unexpected)} unknown, {len(other)} of another shape; for example "
+                f"{', '.join(examples)}); set ckpt_path to a checkpoint of this model, "
+                "or the model options to those of the checkpoint"
+            )
+
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:  # noqa: ANN401
         """Load what `state_dict` saved.
 
@@ -228,32 +373,7 @@ class LitBase(LightningModule):
         """
         if not any(True for _ in self.parameters()):
             self.configure_model()  # a parent process gets the weights of its forked workers without having built any
-        own = self.state_dict()
-        unexpected = sorted(set(state_dict) - set(own) - set(self._left_out()))
-        missing = sorted(set(own) - set(state_dict))
-        if unexpected and all(key.startswith("ema.") for key in unexpected) and not missing:
-            raise CheckpointMismatchError(
-                "the checkpoint holds averaged weights (ema.*), but this run keeps none; "
-                "add callbacks.EMA to trainer.callbacks"
-            )
-        if missing and all(key.startswith("ema.") for key in missing) and not unexpected:
-            raise CheckpointMismatchError(
-                "the checkpoint holds no averaged weights (ema.*), but trainer.callbacks has callbacks.EMA; remove it"
-            )
-        shapes = [key for key in own if key in state_dict and own[key].shape != state_dict[key].shape]
-        if unexpected or missing or shapes:
-            examples = [f"{key!r} is missing" for key in missing[:1]]
-            examples += [f"{key!r} is unknown" for key in unexpected[:1]]
-            examples += [
-                f"{key!r} has shape {tuple(state_dict[key].shape)} instead of {tuple(own[key].shape)}"
-                for key in shapes[:1]
-            ]
-            raise CheckpointMismatchError(
-                f"the checkpoint is of another model than {type(self).__name__} as configured "
-                f"({len(missing)} keys missing, {len(unexpected)} unknown, {len(shapes)} of another shape; for example "
-                f"{', '.join(examples)}); set ckpt_path to a checkpoint of this model, "
-                "or the model options to those of the checkpoint"
-            )
+        self.check_state({name: tuple(value.shape) for name, value in state_dict.items()})
         super().load_state_dict(state_dict, strict=False, assign=assign)
         return _IncompatibleKeys([], [])
 
@@ -274,7 +394,7 @@ class LitBase(LightningModule):
         """
         if Path(checkpoint_path).is_dir():
             with tempfile.TemporaryDirectory() as folder:
-                whole = merge_shards(Path(checkpoint_path), Path(folder) / "whole.ckpt")
+                whole = merge_shards(Path(checkpoint_path), Path(folder) / "whole.ckpt", optimizers=False)
                 return cls.load_from_checkpoint(whole, *args, **kwargs)
         saved = torch.load(checkpoint_path, map_location="cpu", weights_only=True, mmap=True)
         path = saved.get(cls.CHECKPOINT_HYPER_PARAMS_KEY, {}).get("_class_path", "")
@@ -311,9 +431,19 @@ class LitBase(LightningModule):
         """Rows worth reading from the newest batch; none by default."""
         return []
 
-    def step_stats(self) -> dict[str, float]:
-        """Processed `tokens` of the last training step on this rank, and the seconds of its parts."""
+    def step_stats(self) -> Mapping[str, float | Tensor]:
+        """What the last training step did on this rank, for `callbacks.Throughput`.
+
+        Returns:
+            Numbers of what was processed, such as `tokens`, without padding; seconds of parts of the step, under names
+            that end with `_s`, if the module measures some itself; and `grad_norm`, if it clips gradients itself. The
+            names are the same on all ranks. Tensors stay on their device, so that nothing has to wait for it.
+        """
         return {}
+
+    def step_flops(self) -> float | Tensor | None:
+        """Floating-point operations that the model needs for the last training step on this rank; None if unknown."""
+        return None
 
     def export_pretrained(self, directory: str | Path) -> dict[str, Path]:
         """Write each exported model as a folder that plain transformers loads.
@@ -343,9 +473,10 @@ class LitBase(LightningModule):
         }
 
 
-def _averaged(network: nn.Module) -> nn.Module:
-    """Copy of a network to average into."""
-    return copy.deepcopy(network).float().requires_grad_(False).eval()
+def _local(value: Tensor) -> Tensor:
+    """This process's part of a sharded tensor, which changes with it; other tensors as they are."""
+    part: Tensor = value.to_local() if hasattr(value, "to_local") else value  # type: ignore[operator]
+    return part
 
 
 def all_reduce_sum(module: LightningModule, value: Tensor) -> Tensor:

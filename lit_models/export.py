@@ -1,14 +1,16 @@
 """From checkpoints and live modules to Hugging Face folders.
 
-`python -m lit_models.export CHECKPOINT FOLDER` writes one folder per network of a Lightning checkpoint.
+`python -m lit_models.export CHECKPOINT FOLDER` writes one folder per network, or pipeline, of a Lightning checkpoint.
 """
 
 import copy
+import inspect
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -16,67 +18,142 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 CARD = """---
-library_name: transformers
+library_name: {library}
 tags: [lit-models]
 ---
 # {name}
 
-Written by `{cls}` of lit-models after {steps} optimizer steps.
+Written by `{cls}` of lit-models after {steps} optimizer steps.{usage}
 
 | metric | value |
 |---|---|
 {rows}
 """
+PIPELINE = """ It holds all parts of a pipeline of diffusers:
+
+```python
+from {module} import {kind}
+
+pipeline = {kind}.from_pretrained("this folder")
+```"""
 
 
 def full_state_dict(network: nn.Module) -> dict[str, Tensor]:
     """State of a network on the CPU, gathered from all ranks where it is sharded."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-    from torch.distributed.tensor import DTensor
 
-    if any(isinstance(parameter, DTensor) for parameter in network.parameters()):
+    if _is_sharded(network):
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        return dict(get_model_state_dict(network, options=options))  # type: ignore[arg-type]
+        state: dict[str, Any] = dict(get_model_state_dict(network, options=options))
+        first: dict[nn.Parameter, str] = {}
+        for name, parameter in network.named_parameters(remove_duplicate=False):
+            if first.setdefault(parameter, name) != name and name in state:
+                state[name] = state[first[parameter]]  # tied weights were gathered twice
+        return state
     return {name: value.detach().cpu() for name, value in network.state_dict().items()}
 
 
+def _is_sharded(network: nn.Module) -> bool:
+    from torch.distributed.tensor import DTensor
+
+    return any(isinstance(parameter, DTensor) for parameter in network.parameters())
+
+
+def is_pipeline(model: object) -> bool:
+    """Whether a model is a pipeline of diffusers."""
+    return hasattr(model, "register_modules") and hasattr(model, "components")
+
+
 def write_pretrained(
-    models: "Mapping[str, PreTrainedModel]",
+    models: "Mapping[str, PreTrainedModel | Any]",
     directory: str | Path,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     card: Mapping[str, Any] | None = None,
 ) -> dict[str, Path]:
     """Write models as folders that `from_pretrained` loads, adapters merged.
 
+    All ranks must call it; rank 0 writes.
+
     Args:
-        models: model per folder name.
+        models: model, or pipeline of diffusers, per folder name.
         directory: parent of the folders.
-        tokenizer: written beside each model.
+        tokenizer: written beside each model; pipelines have their own.
         card: `class`, `steps` and `metrics` for the model card.
 
     Returns:
         Folder per model.
     """
-    from lit_models.backbones import merged
-
-    card = card or {}
     folders = {name: Path(directory) / name for name in models}
     for name, model in models.items():
-        model = merged(model)
-        state = full_state_dict(model)
+        write = _write_pipeline if is_pipeline(model) else _write_model
+        write(model, folders[name])
         if dist.is_initialized() and dist.get_rank() != 0:
             continue
-        config = copy.deepcopy(model.config)  # save_pretrained writes into the live configuration
-        try:
-            model.save_pretrained(folders[name], state_dict=state)
-        finally:
-            model.config = config
-        if tokenizer is not None:
+        if tokenizer is not None and not is_pipeline(model):
             tokenizer.save_pretrained(folders[name])
-        rows = "\n".join(f"| {metric} | {value} |" for metric, value in sorted(card.get("metrics", {}).items()))
-        text = CARD.format(name=name, cls=card.get("class", "lit_models"), steps=card.get("steps", 0), rows=rows)
-        (folders[name] / "README.md").write_text(text)
+        (folders[name] / "README.md").write_text(_card(name, model, card or {}))
     return folders
+
+
+def _card(name: str, model: object, facts: Mapping[str, Any]) -> str:
+    rows = "\n".join(f"| {metric} | {value} |" for metric, value in sorted(facts.get("metrics", {}).items()))
+    library, usage = "transformers", ""
+    if is_pipeline(model):
+        kind = type(model)
+        library, usage = "diffusers", PIPELINE.format(module=kind.__module__, kind=kind.__name__)
+    cls, steps = facts.get("class", "lit_models"), facts.get("steps", 0)
+    return CARD.format(name=name, cls=cls, steps=steps, rows=rows, library=library, usage=usage)
+
+
+def _write_model(model: Any, folder: Path) -> None:  # noqa: ANN401
+    from lit_models.backbones import fold_adapters, merged
+
+    sharded = _is_sharded(model)
+    model = model if sharded else merged(model)
+    state = full_state_dict(model)
+    if dist.is_initialized() and dist.get_rank() != 0:
+        return
+    if sharded:
+        state = fold_adapters(model, state)
+    config = copy.deepcopy(model.config)  # save_pretrained writes into the live configuration
+    try:
+        model.save_pretrained(folder, state_dict=state)
+    finally:
+        model.config = config
+
+
+def _write_pipeline(pipeline: Any, folder: Path) -> None:  # noqa: ANN401
+    """Write the pipeline with whole copies in place of sharded networks."""
+    networks = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+    sharded = {name: full_state_dict(part) for name, part in networks.items() if _is_sharded(part)}
+    if dist.is_initialized() and dist.get_rank() != 0:
+        return
+    copies = {name: _rebuilt(networks[name], state) for name, state in sharded.items()}
+    parameters = inspect.signature(type(pipeline).__init__).parameters
+    options = {name: value for name, value in pipeline.config.items() if name in parameters}
+    # transformers writes into the configuration of what it saves.
+    configs = {name: part.config for name, part in networks.items() if hasattr(part, "_from_config")}
+    for name, config in configs.items():
+        networks[name].config = copy.deepcopy(config)
+    try:
+        type(pipeline)(**(options | pipeline.components | copies)).save_pretrained(folder)
+    finally:
+        for name, config in configs.items():
+            networks[name].config = config
+
+
+def _rebuilt(network: Any, state: dict[str, Tensor]) -> nn.Module:  # noqa: ANN401
+    """Network of the same configuration, whole and on the CPU."""
+    from torch.distributed.fsdp import FSDPModule
+
+    kind: Any = next(kind for kind in type(network).__mro__ if not issubclass(kind, FSDPModule))
+    config = copy.deepcopy(network.config)
+    with torch.random.fork_rng(devices=[]):
+        built: nn.Module = kind.from_config(config) if hasattr(kind, "from_config") else kind._from_config(config)
+    for name, value in built.state_dict(keep_vars=True).items():  # types may differ between parameters
+        value.data = value.data.to(state[name].dtype)
+    built.load_state_dict(state)
+    return built.eval()
 
 
 def kind_of(path: Path) -> str:

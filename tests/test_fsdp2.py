@@ -1,4 +1,4 @@
-"""FSDP2 (`fully_shard`) on two CPU processes over gloo: equality with one process, save, resume, export."""
+"""FSDP2 through the command line and torch's launcher, on two CPU processes over gloo."""
 
 import os
 import subprocess
@@ -7,77 +7,94 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+
+from lit_models import export
+from lit_models.cli import main
+from lit_models.shards import is_in_shards
 
 ROOT = Path(__file__).parent.parent
-STRATEGY = """
-trainer:
-  accelerator: cpu
-  devices: 2
-  strategy:
-    class_path: lightning.pytorch.strategies.ModelParallelStrategy
-    init_args: {{data_parallel_size: 2, tensor_parallel_size: 1, save_distributed_checkpoint: {sharded}}}
-"""
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
-PPO = ["-m", "lit_models", "fit", "--config", "ppo/tiny.yaml"]
-METHODS = ["--config", "ppo/method-ma.yaml", "--config", "ppo/method-cd.yaml"]
+PPO = ["fit", "--config", "ppo/tiny.yaml", "--config", "ppo/method-ma.yaml", "--config", "ppo/method-cd.yaml", *QUIET]
+SHARDED = [
+    *("--config", "trainer/fsdp2.yaml", "--trainer.accelerator=cpu", "--trainer.devices=2"),
+    "--model.init_args.sharding.param_dtype=float32",
+]
 
 
-def run(folder, port, *args):
-    """A command of Python; with a port, in two processes of torch's launcher that meet there."""
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"] if port else []
+def launch(folder, port, *args):
+    """A command in two processes of torch's launcher that meet at a port; without one, as Lightning launches it."""
+    launcher = [] if port is None else ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
+    launcher += ["-m", "lit_models"]
     environment = os.environ | {"LIT_RUNS": str(folder), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, *launcher, *args]
     done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
 
 
-def strategy(folder, sharded):
-    path = folder / "fsdp2.yaml"
-    path.write_text(STRATEGY.format(sharded=str(sharded).lower()))
-    return ["--config", str(path)]
-
-
 @pytest.mark.slow
-def test_sharded_run_equals_one_process_resumes_and_exports(tmp_path, free_port):
+def test_preset_runs_in_shards_resumes_exports_and_equals_one_process(tmp_path, free_port, monkeypatch):
     pair, single = tmp_path / "pair", tmp_path / "single"
     pair.mkdir()
-    single.mkdir()
-    two = [*PPO, *METHODS, *strategy(pair, sharded=False), "--data.init_args.batch_size=4", *QUIET]
-    run(pair, free_port, *two, "--trainer.max_steps=6")
-    run(single, None, *PPO, *METHODS, "--data.init_args.batch_size=8", *QUIET, "--trainer.max_steps=6")
-    files = [folder / "ppo-tiny/checkpoints/last.ckpt" for folder in (pair, single)]
-    sharded, whole = (torch.load(path, weights_only=True)["state_dict"] for path in files)
-    assert sharded.keys() == whole.keys()
-    for key, value in whole.items():
-        torch.testing.assert_close(sharded[key], value, atol=1e-5, rtol=1e-5)
+    two = [*PPO, *SHARDED, "--data.init_args.batch_size=4"]
+    launch(pair, free_port, *two, "--trainer.max_steps=6")
+    last = pair / "ppo-tiny/checkpoints/last.ckpt"
+    assert is_in_shards(last)
+    launch(pair, free_port, *two, "--ckpt_path=last")
 
-    run(pair, free_port, *two, "--ckpt_path=last")
-    saved = torch.load(files[0], weights_only=True)
-    assert saved["global_step"] == 12
-    assert saved["ppo"]["rollouts"] == 12
-    assert {key.split(".")[0] for key in saved["state_dict"]} == {"actor", "critic", "icm", "reference"}
-    from transformers import AutoModelForCausalLM
-
-    exported = AutoModelForCausalLM.from_pretrained(pair / "ppo-tiny/export/actor").state_dict()
-    for key, value in exported.items():
-        assert torch.equal(value, saved["state_dict"][f"actor.{key}"]), key
+    monkeypatch.setenv("LIT_RUNS", str(single))
+    main([*PPO, "--data.init_args.batch_size=8"])
+    whole = torch.load(single / "ppo-tiny/checkpoints/last.ckpt", weights_only=True)
+    assert whole["global_step"] == 12
+    export.main([str(last), str(pair / "out")])
+    for name in ("actor", "critic"):
+        folders = [single / "ppo-tiny/export", pair / "ppo-tiny/export", pair / "out"]
+        expected, live, offline = (load_file(folder / name / "model.safetensors") for folder in folders)
+        assert expected.keys() == live.keys() == offline.keys()
+        for key, value in expected.items():
+            torch.testing.assert_close(live[key], value, atol=1e-5, rtol=1e-5)
+            assert torch.equal(live[key], offline[key]), key
 
 
-@pytest.mark.slow
-def test_a_checkpoint_in_shards_resumes_and_exports_as_an_uninterrupted_run(tmp_path, free_port):
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    whole.mkdir()
-    broken.mkdir()
-    options = [*strategy(tmp_path, sharded=True), "--data.init_args.batch_size=4", *QUIET]
-    run(whole, free_port, *PPO, *options)
-    run(broken, free_port, *PPO, *options, "--trainer.max_steps=6")
-    run(broken, free_port, *PPO, *options, "--ckpt_path=last")
-    last = broken / "ppo-tiny/checkpoints/last.ckpt"
-    assert last.is_dir()
-    run(broken, None, "-m", "lit_models.export", str(last), str(broken / "out"))
-    from safetensors.torch import load_file
+# -- on GPUs: NCCL, and computation in bfloat16 ------------------------------------------------------------------------
 
-    weights = [load_file(folder / "actor/model.safetensors") for folder in (whole / "ppo-tiny/export", broken / "out")]
-    assert weights[0].keys() == weights[1].keys()
-    for key, value in weights[0].items():
-        assert torch.equal(value, weights[1][key]), key
+on_gpus = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+DEVICES: list[str] = []
+"""Overrides of the preset's devices, which are all GPUs of the machine."""
+
+
+@pytest.mark.gpu
+@on_gpus
+@pytest.mark.parametrize("stage", ["sft", "ppo", "pixel", "diffusion"])
+def test_gpus_train_in_shards_resume_and_export(stage, tmp_path):
+    more = ["--config", "ppo/method-ma.yaml", "--config", "ppo/method-cd.yaml"] if stage == "ppo" else []
+    preset = ["fit", "--config", f"{stage}/tiny.yaml", *more, "--config", "trainer/fsdp2.yaml", *DEVICES, *QUIET]
+    half, whole = (6, 12) if stage == "ppo" else (10, 20)  # at both of which the preset saves
+    launch(tmp_path, None, *preset, f"--trainer.max_steps={half}")
+    run = tmp_path / f"{stage}-tiny"
+    assert is_in_shards(run / "checkpoints/last.ckpt")
+    launch(tmp_path, None, *preset, f"--trainer.max_steps={whole}", "--ckpt_path=last")
+    export.main([str(run / "checkpoints/last.ckpt"), str(tmp_path / "out")])
+    files = sorted(path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("*.safetensors"))
+    assert files
+    for file in files:
+        live, offline = load_file(run / "export" / file), load_file(tmp_path / "out" / file)
+        assert live.keys() == offline.keys()
+        for key, value in live.items():
+            assert value.isfinite().all(), key
+            assert torch.equal(value, offline[key]), key
+
+
+@pytest.mark.gpu
+@on_gpus
+def test_gpus_in_float32_give_what_one_process_on_the_cpu_gives(tmp_path, monkeypatch):
+    preset = ["fit", "--config", "sft/tiny.yaml", *QUIET, "--trainer.max_steps=3"]
+    sharded = [*preset, "--config", "trainer/fsdp2.yaml", "--model.init_args.sharding.param_dtype=float32", *DEVICES]
+    world = 2 if DEVICES else torch.cuda.device_count()
+    launch(tmp_path, None, *sharded, "--data.init_args.batch_size=2")
+    monkeypatch.setenv("LIT_RUNS", str(tmp_path / "single"))
+    main([*preset, "--trainer.accelerator=cpu", f"--data.init_args.batch_size={2 * world}"])
+    folders = (tmp_path / "sft-tiny/export/model", tmp_path / "single/sft-tiny/export/model")
+    one, other = (load_file(folder / "model.safetensors") for folder in folders)
+    for key, value in other.items():
+        torch.testing.assert_close(one[key], value, atol=1e-4, rtol=1e-3)

@@ -1,6 +1,5 @@
 """Weights of a model at the moments of its training that were kept."""
 
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -8,7 +7,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from lit_models.nn.sharding import merge_shards
+from lit_models.shards import is_in_shards, read_shards
 
 Checkpoint: TypeAlias = "Mapping[str, Tensor] | str | Path | nn.Module | Callable[[], Any] | None"
 
@@ -46,10 +45,8 @@ def _read_path(path: Path) -> Mapping[str, Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         return read_checkpoint(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
-    if (path / "meta.pt").is_file():
-        with tempfile.TemporaryDirectory() as folder:
-            whole = merge_shards(path, Path(folder) / "whole.ckpt")
-            return read_checkpoint(torch.load(whole, map_location="cpu", weights_only=True))
+    if is_in_shards(path):
+        return read_checkpoint(read_shards(path, optimizers=False))
     if files := sorted(path.glob("*.safetensors")):
         return {key: value for file in files for key, value in load_file(file).items()}
     raise ValueError(

@@ -156,6 +156,11 @@ class TrajectoryErrors(Metric):
         for name in ("mse", "mae", "r2", "rho"):
             self.add_state(name, [], dist_reduce_fx="cat")
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what is summed up over ranks, also by one without any run."""
+        return torch.float64
+
     def update(self, prediction: Tensor, truth: Tensor, lengths: Tensor | None = None) -> None:
         """Add runs.
 

@@ -26,6 +26,7 @@ from lit_models.influence import functional
 from lit_models.influence.configuration import SimulatorConfig, clamps
 from lit_models.influence.forms import FORMS
 from lit_models.influence.functional import Factors
+from lit_models.nn.sharding import ShardingNeeds
 
 RENAMED = {"embed.weight": "train_features", "test_embed.weight": "test_features"}
 """Tables of features by their released names."""
@@ -45,6 +46,7 @@ class InfluenceSimulator(PreTrainedModel):
     config_class = SimulatorConfig
     base_model_prefix = ""
     main_input_name = "order_ids"
+    sharding_needs = ShardingNeeds(units=(), float32=("InfluenceSimulator",))
 
     train_ids: Tensor
     """(N,) int64, id of each row of the pool."""

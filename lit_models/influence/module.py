@@ -1,5 +1,6 @@
 """Fitting of training-run simulators under the Trainer."""
 
+import copy
 import math
 import warnings
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 
+from lit_models._ranks import warn
 from lit_models.base import LitBase, all_reduce_sum
 from lit_models.influence import functional, rows
 from lit_models.influence.closed_form import ClosedForm, Ridge
@@ -18,6 +20,7 @@ from lit_models.influence.configuration import SimulatorConfig, SimulatorOptions
 from lit_models.influence.functional import Factors
 from lit_models.influence.metrics import TrajectoryErrors, mean_trajectory, persistence
 from lit_models.influence.rows import Batch
+from lit_models.nn.sharding import Sharding, is_sharded, run_gathered
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -141,6 +144,7 @@ class LitInfluence(LitBase):
         stop: when to end training early.
         optimizer: factory taking parameter groups.
         lr_scheduler: factory taking the optimizer; stepped after every optimizer step.
+        sharding: sharding and compilation; simulators are sharded as a whole, and always computed in float32.
 
     Raises:
         ValueError: if an option is out of range or contradicts another.
@@ -167,8 +171,9 @@ class LitInfluence(LitBase):
         stop: EarlyStop = EarlyStop(),
         optimizer: OptimizerCallable = AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
+        sharding: Sharding | None = None,
     ) -> None:
-        super().__init__(optimizer, lr_scheduler, None)
+        super().__init__(optimizer, lr_scheduler, sharding)
         self.save_hyperparameters()
         if solver not in ("adam", "ridge"):
             raise ValueError(f"model.solver must be adam or ridge, got {solver!r}")
@@ -192,15 +197,17 @@ class LitInfluence(LitBase):
         self.net = None  # type: ignore[assignment]
         self.meters = nn.ModuleDict()
         self._stopping: dict[str, float] = {"rises": 0, "best": math.inf, "previous": math.inf}
+        self._whole: tuple[InfluenceSimulator] | None = None  # a tuple, so that it is no part of this module
         self._evaluated: tuple[InfluenceSimulator, Factors] | None = None
         self._newest: dict[str, Any] = {}
+        self._step_examples: Tensor | None = None
 
     # -- networks ----------------------------------------------------------------------------------------------------
 
     def configure_model(self) -> None:
         """Build the simulator, with sizes and features of the data where the configuration leaves them out."""
         if self.net is not None:
-            return
+            return self.shard_built()
         from lit_models.influence.modeling import InfluenceSimulator
 
         options = self.options.resolved()
@@ -221,12 +228,16 @@ class LitInfluence(LitBase):
             if self.sizes[name] is None:
                 source = "train_features" if name == "feature_dim" else "pool_ids and test_ids"
                 raise ValueError(f"model.{name} is not set, and the data module has no {source} to tell it; set it")
-        net = InfluenceSimulator(config)
-        if config.has_features:
-            net.set_examples(pool, tests, train, targets)
-        else:
-            net.set_examples(pool, tests)
-        self.place("net", net)
+
+        def make() -> InfluenceSimulator:
+            net = InfluenceSimulator(config)
+            if config.has_features:
+                net.set_examples(pool, tests, train, targets)
+            else:
+                net.set_examples(pool, tests)
+            return net
+
+        self.place("net", self.build(make))
         self.check_ema()
 
     def _attribute(self, name: str) -> Any:  # noqa: ANN401
@@ -320,18 +331,27 @@ class LitInfluence(LitBase):
             ValueError: if features are missing, or the closed form is asked for on several devices.
         """
         kind = self.net.config.kind
-        if self.net.config.has_features and not bool(self.net.train_features.any()):
+        with self.gathered(self.net):
+            learns = not self.net.config.has_features or bool(self.net.train_features.any())
+        if not learns:
             raise ValueError(
                 f"data: kind {kind} reads features, but the data has none; give the data module a featurizer, or set "
                 "model.simulator.kind to linear"
             )
-        if self.closed_form is not None and self.trainer.world_size > 1:
-            raise ValueError("model.solver: ridge needs all rows in one process; set trainer.devices to 1")
+        if self.closed_form is not None and (self.trainer.world_size > 1 or self.device_mesh is not None):
+            raise ValueError(
+                "model.solver: ridge needs all rows in one process; set trainer.devices to 1, without trainer.strategy"
+            )
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of one batch; for the closed form, only collect its rows."""
+        ids = batch.get("order_ids", batch.get("ids"))
+        self._step_examples = None if ids is None else (ids >= 0).sum()
         if self.closed_form is not None:
             return self._collect(batch, self.closed_form)
+        return run_gathered(self.net, lambda: self._loss(batch))
+
+    def _loss(self, batch: Batch) -> Tensor:
         loss = self._pairs_loss(batch) if "order_ids" in batch else self._matrix_loss(batch)
         if self.net.config.l2_norm:
             penalty = self.net.penalty()
@@ -393,7 +413,7 @@ class LitInfluence(LitBase):
         if not len(window):
             raise ValueError(
                 f"model.rollout.window: no batch holds {self.rollout.window} steps of one run in a row; set data.mode "
-                "to runs, or data.batch_size to all rows"
+                "to runs, or in a single process data.batch_size to all rows"
             )
         first = window[:, 0]
         rate = batch["lr_scale"][window] if "lr_scale" in batch else None
@@ -422,10 +442,24 @@ class LitInfluence(LitBase):
 
     # -- evaluation --------------------------------------------------------------------------------------------------
 
+    def _begin_evaluation(self) -> None:
+        """Forget the factors of earlier weights; of a sharded simulator, take a whole copy on every process."""
+        self._evaluated = self._whole = None
+        if not is_sharded(self.net):
+            return
+        from lit_models.influence.modeling import InfluenceSimulator
+
+        state: dict[str, Any] = self.net.state_dict()
+        whole = {name: value.full_tensor() if hasattr(value, "full_tensor") else value for name, value in state.items()}
+        with torch.random.fork_rng(devices=[]):
+            net: Any = InfluenceSimulator(copy.deepcopy(self.net.config))
+        net.load_state_dict(whole)
+        self._whole = (net.to(self.device).requires_grad_(False).eval(),)
+
     def _simulator(self) -> "tuple[InfluenceSimulator, Factors]":
         """The simulator with all examples that evaluated runs may hold, and its factors; made once per evaluation."""
         if self._evaluated is None:
-            net = self.net
+            net = self.net if self._whole is None else self._whole[0]
             if net.config.has_features:
                 sides = {"train": "unseen_pool_ids", "test": "unseen_test_ids"}
                 unseen = {f"{side}_ids": self._asked(ids) for side, ids in sides.items()}
@@ -515,7 +549,7 @@ class LitInfluence(LitBase):
                 meter.update(part, true, length)
         prediction = self._simulate(batch, start, covered, check)
         if not self.trainer.sanity_checking and not bool(prediction.isfinite().all()):
-            warnings.warn(
+            warn(
                 "roll-outs of validation leave the range of numbers and count as infinitely wrong; test and predict "
                 "stop with an error there, so set model.simulator.clamp, or identity_offset 1 and tower_scale 1/P",
                 stacklevel=2,
@@ -530,16 +564,15 @@ class LitInfluence(LitBase):
         """Log errors of the model and of the trivial predictions, by loader and metric where there are several."""
         config, names = self.net.config, self._attribute(f"{stage}_names")
         values: dict[str, Tensor] = {}
-        for loader in map(int, self.meters):
+        for loader, by_metric in self._filled_meters(stage).items():
             root = stage if loader == 0 else f"{stage}/{loader if names is None else names[loader]}"
             found: dict[str, Tensor] = {}
-            for metric, meters in self._meters(loader).items():
+            for metric, meters in by_metric.items():
                 prefix = root if len(config.metrics) == 1 else f"{root}/{metric}"
-                for name, meter in meters.items():
-                    errors = cast(TrajectoryErrors, meter)
-                    if not errors.update_called:
-                        continue
-                    numbers: dict[str, Tensor] = errors.compute()
+                for name, errors in meters.items():
+                    with warnings.catch_warnings():
+                        warnings.filterwarnings("ignore", message=".*was called before the ``update`` method")
+                        numbers: dict[str, Tensor] = errors.compute()
                     errors.reset()
                     part, shown = (prefix, numbers) if name == "model" else (f"{prefix}/{name}", HEADLINES)
                     found |= {f"{part}/{key}": numbers[key] for key in shown}
@@ -553,6 +586,19 @@ class LitInfluence(LitBase):
             self.log(key, value, prog_bar=key == f"{stage}/all_steps_mse", sync_dist=True)
         return values
 
+    def _filled_meters(self, stage: str) -> dict[int, dict[str, dict[str, TrajectoryErrors]]]:
+        """Meters that hold something on any rank, by loader, metric and part, the same on all ranks."""
+        batches = self.trainer.num_val_batches if stage == "val" else self.trainer.num_test_batches
+        found: dict[int, dict[str, dict[str, TrajectoryErrors]]] = {}
+        for loader in range(len(batches) if isinstance(batches, list) else 1):
+            for metric, meters in self._meters(loader).items():
+                parts = {name: cast(TrajectoryErrors, meter) for name, meter in meters.items()}
+                called = torch.tensor([float(meter.update_called) for meter in parts.values()], device=self.device)
+                anywhere = all_reduce_sum(self, called).tolist()
+                filled = {name for name, times in zip(parts, anywhere, strict=True) if times}
+                found.setdefault(loader, {})[metric] = {name: parts[name] for name in parts if name in filled}
+        return found
+
     @property
     def _fitting(self) -> bool:
         """Whether this is an evaluation in the course of a fit."""
@@ -562,7 +608,7 @@ class LitInfluence(LitBase):
         """Solve the closed form of what was collected, and forget the factors of earlier weights."""
         if self.closed_form is not None and self._fitting and not self.closed_form.solved:
             self.closed_form.solve(self.net)
-        self._evaluated = None
+        self._begin_evaluation()
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Simulate the runs of a batch."""
@@ -581,7 +627,7 @@ class LitInfluence(LitBase):
                 self._meters(0)[metric]["model"] = meter
             self.log("ridge/penalty", best.penalty)
         values = self._log_errors("val")
-        self._evaluated = None
+        self._evaluated = self._whole = None
         if self._fitting and self.stop.patience is not None:
             self._watch(values, self.stop.patience)
 
@@ -598,7 +644,7 @@ class LitInfluence(LitBase):
 
     def on_test_epoch_start(self) -> None:
         """Forget the factors of earlier weights."""
-        self._evaluated = None
+        self._begin_evaluation()
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Simulate the runs of a batch."""
@@ -607,11 +653,11 @@ class LitInfluence(LitBase):
     def on_test_epoch_end(self) -> None:
         """Log `test/all_steps_mse` and so on; see `on_validation_epoch_end`."""
         self._log_errors("test")
-        self._evaluated = None
+        self._evaluated = self._whole = None
 
     def on_predict_epoch_start(self) -> None:
         """Forget the factors of earlier weights."""
-        self._evaluated = None
+        self._begin_evaluation()
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """Simulate curricula.
@@ -637,6 +683,10 @@ class LitInfluence(LitBase):
         }
 
     # -- what callbacks ask for --------------------------------------------------------------------------------------
+
+    def step_stats(self) -> dict[str, float | Tensor]:
+        """Pool `examples` in the steps of the last training batch on this rank, each as often as it occurs."""
+        return {} if self._step_examples is None else {"examples": self._step_examples}
 
     def _keep(self, batch: Batch, prediction: Tensor) -> None:
         """Copy a few trajectories of the first run, so that the rest of the batch can go."""

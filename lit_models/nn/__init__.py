@@ -6,11 +6,13 @@ __getattr__, __dir__, __all__ = attach(
     __name__,
     {
         "Sharding": "sharding",
+        "ShardingNeeds": "sharding",
         "TokenScorer": "scoring",
         "WarmupConstant": "schedules",
         "WarmupCosine": "schedules",
         "WarmupLinear": "schedules",
         "gather_logprobs": "logprobs",
+        "gathered": "sharding",
         "position_ids": "logprobs",
         "shard": "sharding",
         "token_nll": "logprobs",

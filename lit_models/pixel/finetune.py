@@ -19,6 +19,7 @@ from torchmetrics.classification import (
 from torchmetrics.regression import PearsonCorrCoef, SpearmanCorrCoef
 
 from lit_models.base import LitBase, all_reduce_sum
+from lit_models.nn.flops import forward_flops, training_flops, transformer_cost
 from lit_models.nn.sharding import Sharding
 from lit_models.pixel.recipes import PixelBackbone
 
@@ -167,13 +168,13 @@ class LitPixelTask(LitBase):
         self._meters: dict[str, Meter] = {}  # by set of the evaluation that runs; "" is the name of the only one
         self._window: list[Tensor] = []  # labels of each batch since the last optimizer step
         self._seen: set[str] = set()  # keys of these batches
-        self._step_tokens: Tensor | None = None
+        self._step_lengths: Tensor | None = None  # (2,B) attended patches and tokens of the newest training batch
         self._newest: Batch = {}
 
     def configure_model(self) -> None:
         """Load the tokenizer, if there is one, and build the network."""
         if self.net is not None:
-            return
+            return self.shard_built()
         source = getattr(self.backbone, "name", None)
         if isinstance(source, str) and source.endswith(".ckpt"):
             raise ValueError(
@@ -186,7 +187,7 @@ class LitPixelTask(LitBase):
             self.tokenizer = load_tokenizer(self.tokenizer_name, self.pad_token)
         build = self.backbone.build_tagger if self.task == "tagging" else self.backbone.build_classifier
         try:
-            net = build(len(self.labels))
+            net = self.build(lambda: build(len(self.labels)))
         except RuntimeError as error:
             if "mismatch" not in str(error):
                 raise
@@ -333,7 +334,7 @@ class LitPixelTask(LitBase):
         local = torch.stack([losses.detach().sum(), losses.new_tensor(float(losses.numel()))])
         total, count = all_reduce_sum(self, local)
         self._window.append(count)
-        self._step_tokens = _attended(batch)
+        self._step_lengths = _attended(batch)
         self.log("train/loss", total / count.clamp(min=1), prog_bar=True, batch_size=_rows(batch))
         # Data-parallel strategies average gradients over ranks, where a sum is needed.
         loss = losses.sum() * self.trainer.world_size / self._window[0].clamp(min=1)
@@ -356,9 +357,25 @@ class LitPixelTask(LitBase):
         self._window.clear()
         self._seen.clear()
 
-    def step_stats(self) -> dict[str, float]:
-        """Attended patches and `tokens` of the last training step on this rank, counted together."""
-        return {} if self._step_tokens is None else {"tokens": float(self._step_tokens)}
+    def step_stats(self) -> dict[str, float | Tensor]:
+        """Attended patches and tokens of the last training step on this rank.
+
+        Returns:
+            `patches`, and `tokens`, which are patches and tokens together: positions of the trunk.
+        """
+        if self._step_lengths is None:
+            return {}
+        return {"tokens": self._step_lengths.sum(), "patches": self._step_lengths[0].sum()}
+
+    def step_flops(self) -> Tensor | None:
+        """Operations of the last training step on this rank; a linear probe only runs the trunk forwards."""
+        if self._step_lengths is None:
+            return None
+        lengths, cost = self._step_lengths.sum(0), transformer_cost(self.net)
+        if not self.linear_probe:
+            return training_flops(cost, lengths)
+        trunk = transformer_cost(self.net.base_model)
+        return forward_flops(trunk, lengths) + training_flops(cost - trunk, lengths)
 
     # -- evaluation --------------------------------------------------------------------------------------------------
 
@@ -478,7 +495,11 @@ class LitPixelTask(LitBase):
 
 
 def _attended(batch: Batch) -> Tensor:
-    return torch.stack([batch[key].sum() for key in ("pixel_mask", "attention_mask") if key in batch]).sum()
+    """(2,B) int64, attended patches and tokens of each row."""
+    masks = ("pixel_mask", "attention_mask")
+    counts = {key: batch[key].sum(1) for key in masks if key in batch}
+    none = torch.zeros_like(next(iter(counts.values())))
+    return torch.stack([counts.get(key, none) for key in masks])
 
 
 def _rows(batch: Batch) -> int:

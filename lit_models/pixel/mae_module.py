@@ -1,6 +1,8 @@
 """Pre-training of PIXEL, the masked autoencoder of rendered text, under the Trainer."""
 
 import warnings
+from collections import Counter
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from lit_models.base import LitBase, all_reduce_sum
+from lit_models.nn.flops import training_flops, transformer_cost
 from lit_models.nn.sharding import Sharding
 from lit_models.pixel.functional import denormalize_patches, inked, patch_statistics, unpatchify
 from lit_models.pixel.mae_recipes import PIXELBackbone
@@ -24,6 +27,7 @@ Batch = dict[str, Any]
 SAMPLES = 4
 """Rows of the newest batch that `samples` and `strips` show."""
 _TRAIN, _EVALUATE = 0, 1  # first number after the seed, so that no two batches share their masks
+_FIRST = (_TRAIN, 0)  # stage and loader of training
 
 
 class LitPIXEL(LitBase):
@@ -34,8 +38,8 @@ class LitPIXEL(LitBase):
 
     The loss is the mean squared error over all patches that are both hidden and attended, of an optimizer step with its
     ranks and accumulated batches, or of all the data in validation and test. Masks depend on the seed, the number of
-    the batch and the rank alone: a resumed run draws those that the whole run would have drawn, and every validation
-    hides the same patches.
+    the batch and of the row in it alone: a resumed run draws those that the whole run would have drawn, ranks draw
+    those that one process would, and every validation hides the same patches.
 
     If you use this module in your research, please cite:
 
@@ -72,17 +76,18 @@ class LitPIXEL(LitBase):
             raise ValueError(f"model.seed must be at least 0, got {seed}")
         self.backbone, self.masking, self.seed = backbone, masking, seed
         self.net = None  # type: ignore[assignment]
-        self._masked = {_TRAIN: 0, _EVALUATE: 0}  # batches whose masks have been drawn
+        self._masked: Counter[tuple[int, int]] = Counter()  # masked batches (rows in evaluation) by stage and loader
         self._window: list[Tensor] = []  # target patches of each batch since the last optimizer step
-        self._step_patches: Tensor | None = None
+        self._step_lengths: Tensor | None = None  # (2,B) attended and visible patches of the newest training batch
         self._totals = torch.zeros(2, 2, dtype=torch.float64)  # error and number of target patches: all, inked
         self._newest: dict[str, Tensor] = {}
 
     def configure_model(self) -> None:
         """Build the network."""
-        if self.net is None:
-            self.place("net", self.backbone.build())
-            self.check_ema()
+        if self.net is not None:
+            return self.shard_built()
+        self.place("net", self.build(self.backbone.build))
+        self.check_ema()
 
     def trained_networks(self) -> dict[str, nn.Module]:
         """The network, in the parameter groups `model` and `model_no_decay`."""
@@ -107,7 +112,7 @@ class LitPIXEL(LitBase):
 
         Args:
             batch: strips, see above.
-            dataloader_idx: ignored.
+            dataloader_idx: number of the loader.
 
         Returns:
             The batch with `noise` (B,L) float32 and, for spans, `patch_mask` (B,L) int64.
@@ -120,15 +125,19 @@ class LitPIXEL(LitBase):
                 f"data.modes: PIXEL reads strips, but a batch holds only {', '.join(batch)}; set it to [image]"
             )
         stage = _TRAIN if self._trainer is None or self._trainer.training else _EVALUATE
-        number = self._masked[stage]
-        self._masked[stage] += 1
         lengths = batch["pixel_mask"].sum(1).cpu().numpy()
+        # Rows of training are counted within their batch; those of an evaluation, whose batches may vary, on the whole.
+        masked = self._masked[stage, dataloader_idx]
+        number, first = (masked, 0) if stage == _TRAIN else (0, masked)
+        self._masked[stage, dataloader_idx] += 1 if stage == _TRAIN else len(lengths)
+        world, rank = (1, 0) if self._trainer is None else (self.trainer.world_size, self.global_rank)
         patch_mask, noise = draw_masks(
             batch["pixel_mask"].shape[1],
             self.net.config.mask_ratio,
             lengths,
-            (self.seed, stage, number, self.global_rank),
+            (self.seed, stage, dataloader_idx, number),
             self.masking,
+            range(rank + world * first, world * (first + len(lengths)), world),  # ranks take rows in turns
         )
         drawn = {"noise": noise} if patch_mask is None else {"noise": noise, "patch_mask": patch_mask}
         return batch | drawn
@@ -136,12 +145,16 @@ class LitPIXEL(LitBase):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the number of the next batch."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint["masked_batches"] = self._masked[_TRAIN]
+        checkpoint["masked_batches"] = self._masked[_FIRST]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on with the masks of the next batch."""
         super().on_load_checkpoint(checkpoint)
-        self._masked[_TRAIN] = checkpoint["masked_batches"]
+        self._masked[_FIRST] = checkpoint["masked_batches"]
+
+    def _mask_anew(self) -> None:
+        """Begin an evaluation with the masks of the first batch."""
+        self._masked = Counter({_FIRST: self._masked[_FIRST]})
 
     # -- training ----------------------------------------------------------------------------------------------------
 
@@ -165,7 +178,8 @@ class LitPIXEL(LitBase):
         error = torch.where(output.targets, output.errors, 0.0).sum()
         total, patches = all_reduce_sum(self, torch.stack([error.detach(), output.targets.sum().float()]))
         self._window.append(patches)
-        self._step_patches = batch["pixel_mask"].sum()
+        attended = batch["pixel_mask"]
+        self._step_lengths = torch.stack([attended.sum(1), torch.where(output.mask.bool(), 0, attended).sum(1)])
         self._keep(batch, output)
         self.log("train/loss", total / patches.clamp(min=1), prog_bar=True, batch_size=len(output.errors))
         # Data-parallel strategies average gradients over ranks, where a sum is needed.
@@ -176,9 +190,22 @@ class LitPIXEL(LitBase):
         self.rescale_gradients(self.net, self._window)
         self._window.clear()
 
-    def step_stats(self) -> dict[str, float]:
-        """Attended patches of the last training step on this rank, as `tokens`."""
-        return {} if self._step_patches is None else {"tokens": float(self._step_patches)}
+    def step_stats(self) -> dict[str, float | Tensor]:
+        """Attended `patches` of the last training step on this rank, which are the `tokens` as well."""
+        if self._step_lengths is None:
+            return {}
+        patches = self._step_lengths[0].sum()
+        return {"tokens": patches, "patches": patches}
+
+    def step_flops(self) -> Tensor | None:
+        """Operations of the last training step on this rank; the encoder reads visible patches only."""
+        if self._step_lengths is None:
+            return None
+        attended, visible = self._step_lengths + 1  # the class token
+        config = self.net.config
+        width = config.decoder_num_hidden_layers * config.decoder_hidden_size
+        decoder = replace(transformer_cost(self.net.decoder, config={}), attention=width)
+        return training_flops(transformer_cost(self.net.vit), visible) + training_flops(decoder, attended)
 
     # -- evaluation --------------------------------------------------------------------------------------------------
 
@@ -198,7 +225,7 @@ class LitPIXEL(LitBase):
 
     def on_validation_epoch_start(self) -> None:
         """Begin with the masks of the first batch."""
-        self._masked[_EVALUATE] = 0
+        self._mask_anew()
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add a batch to the totals."""
@@ -210,7 +237,7 @@ class LitPIXEL(LitBase):
 
     def on_test_epoch_start(self) -> None:
         """Begin with the masks of the first batch."""
-        self._masked[_EVALUATE] = 0
+        self._mask_anew()
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add a batch to the totals."""
@@ -222,7 +249,7 @@ class LitPIXEL(LitBase):
 
     def on_predict_epoch_start(self) -> None:
         """Begin with the masks of the first batch."""
-        self._masked[_EVALUATE] = 0
+        self._mask_anew()
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """Rate every strip.

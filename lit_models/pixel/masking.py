@@ -6,7 +6,7 @@ Sources: span masks of PIXEL (arXiv 2207.06991), after BEiT (arXiv 2106.08254); 
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, NamedTuple, TypeAlias
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Spacing: TypeAlias = Literal["span"] | int
+_AHEAD = 32
 TRIES = 100
 """Draws in a row without a new masked patch after which a mask is left as it is."""
 
@@ -124,7 +125,7 @@ def span_masks(
     num_patches: int,
     num_masked: int,
     num_text_patches: Sequence[int] | NDArray[np.int64],
-    rng: np.random.Generator,
+    rng: np.random.Generator | Sequence[np.random.Generator],
     masking: SpanMasking = SpanMasking(),
 ) -> NDArray[np.int64]:
     """Draw the span masks of a batch, all rows at a time.
@@ -135,7 +136,7 @@ def span_masks(
         num_patches: L.
         num_masked: patches to mask in every row, at most.
         num_text_patches: (B,) patches with text, the separator included.
-        rng: its state advances.
+        rng: its state advances; or one for each row, whose mask then depends on nothing else in the batch.
         masking: how spans are drawn.
 
     Returns:
@@ -151,8 +152,9 @@ def span_masks(
     tries = np.full(len(text), TRIES)
     on_text = np.ones(len(text), dtype=bool)
     rows = np.flatnonzero(missing > 0)
+    draw = _draws(rng)
     while rows.size:
-        lengths, ends = rng.random((2, rows.size))
+        lengths, ends = draw(rows)
         # As in `random.choices`: the last length also takes what rounding leaves above the last weight.
         span = np.minimum(np.searchsorted(weights, lengths * weights[-1], side="right"), len(weights) - 1) + 1
         fits = span < num_patches
@@ -172,6 +174,26 @@ def span_masks(
         tries[rows] = np.where(accepted, TRIES, tries[rows] - 1)
         rows = rows[(missing[rows] > 0) & (tries[rows] > 0)]
     return masks[:, margin : margin + num_patches].astype(np.int64)
+
+
+def _draws(
+    rng: np.random.Generator | Sequence[np.random.Generator],
+) -> Callable[[NDArray[np.int64]], NDArray[np.float64]]:
+    """Function that gives (2,n) random numbers for n rows, each time no other rows than before."""
+    if isinstance(rng, np.random.Generator):
+        return lambda rows: rng.random((2, rows.size))
+    ahead = np.empty((_AHEAD, 2, len(rng)))  # drawn many at a time, which is faster
+    times = 0
+
+    def draw(rows: NDArray[np.int64]) -> NDArray[np.float64]:
+        nonlocal times
+        if times % _AHEAD == 0:
+            for row in rows:
+                ahead[..., row] = rng[row].random((_AHEAD, 2))
+        times += 1
+        return ahead[(times - 1) % _AHEAD][:, rows]
+
+    return draw
 
 
 def keep_lowest(scores: Tensor, keep: int) -> Kept:
@@ -223,6 +245,7 @@ def draw_masks(
     num_text_patches: Sequence[int] | NDArray[np.int64],
     seed: Sequence[int],
     masking: SpanMasking | None = SpanMasking(),
+    rows: Sequence[int] | None = None,
 ) -> tuple[Tensor | None, Tensor]:
     """Draw all that is random in the masks of a batch.
 
@@ -230,15 +253,21 @@ def draw_masks(
         num_patches: L.
         mask_ratio: share of hidden patches.
         num_text_patches: (B,) patches with text, the separator included.
-        seed: numbers from 0 on that name the batch, for example seed, step and rank; the same ones give the same masks.
+        seed: numbers from 0 on that name the batch, for example seed and step; the same ones give the same masks.
         masking: how spans are drawn; None draws none, which leaves masks without any order.
+        rows: (B,) numbers of the rows in the batch of all ranks, which has the same masks however it is divided; by
+            default 0, 1, ...
 
     Returns:
         Span mask (B,L) int64 or None, and noise (B,L) float32, both on the CPU.
     """
-    rng = np.random.default_rng(list(seed))
-    noise = torch.from_numpy(rng.random((len(num_text_patches), num_patches), dtype=np.float32))
+    count = len(num_text_patches)
+    generators = [np.random.default_rng([*seed, row]) for row in (range(count) if rows is None else rows)]
+    noise = np.empty((count, num_patches), np.float32)
+    for values, rng in zip(noise, generators, strict=True):
+        rng.random(out=values, dtype=np.float32)
     if masking is None:
-        return None, noise
+        return None, torch.from_numpy(noise)
     masked = num_patches - num_kept(num_patches, mask_ratio)
-    return torch.from_numpy(span_masks(num_patches, masked, num_text_patches, rng, masking)), noise
+    masks = span_masks(num_patches, masked, num_text_patches, generators, masking)
+    return torch.from_numpy(masks), torch.from_numpy(noise)

@@ -31,6 +31,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput, SequenceClassifierOutput, TokenClassifierOutput
 from transformers.utils.generic import ModelOutput
 
+from lit_models.nn.sharding import ShardingNeeds
 from lit_models.pixel.functional import (
     ChannelMerge,
     merge_head_channels,
@@ -384,6 +385,7 @@ class PIXELPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _no_split_modules = ["PIXELLayer"]  # noqa: RUF012
+    sharding_needs = ShardingNeeds(units=("PIXELLayer",), cast_inputs=False)  # noise in 16 bits would have ties
     _keys_to_ignore_on_load_unexpected = [r"^decoder\.", r"^pooler\.", r"^classifier\."]  # noqa: RUF012
 
     def _init_weights(self, module: nn.Module) -> None:

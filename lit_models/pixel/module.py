@@ -15,6 +15,7 @@ from torch.optim import AdamW, Optimizer
 from torchmetrics import Metric
 
 from lit_models.base import LitBase, all_reduce_sum
+from lit_models.nn.flops import training_flops, transformer_cost
 from lit_models.nn.logprobs import token_nll
 from lit_models.nn.sharding import Sharding
 from lit_models.pixel import functional
@@ -131,7 +132,7 @@ class LitPixelLM(LitBase):
         self.net = None  # type: ignore[assignment]
         self.meters = nn.ModuleDict()
         self._window: list[Tensor] = []  # sums of each batch since the last optimizer step
-        self._step_tokens: Tensor | None = None
+        self._step_lengths: Tensor | None = None  # (2,B) attended patches and tokens of the newest training batch
         self._totals: Tensor | None = None  # sums of the evaluated batches
         self._newest: dict[str, Tensor] = {}  # rows of the newest batch
         self._drawn: dict[str, Tensor] = {}  # rows of the newest batch with strips
@@ -139,12 +140,12 @@ class LitPixelLM(LitBase):
     def configure_model(self) -> None:
         """Load the tokenizer, if there is one, and build the network."""
         if self.net is not None:
-            return
+            return self.shard_built()
         if self.tokenizer_name is not None:
             from lit_models.tokenization import load_tokenizer
 
             self.tokenizer = load_tokenizer(self.tokenizer_name, self.pad_token)
-        net = self.backbone.build()
+        net = self.build(self.backbone.build)
         if self.tokenizer_name is not None:
             from lit_models.tokenization import check_vocabulary
 
@@ -246,7 +247,7 @@ class LitPixelLM(LitBase):
         local = self._sums(output, rows)
         total = all_reduce_sum(self, local.detach())
         self._window.append(total)
-        self._step_tokens = _attended(batch)
+        self._step_lengths = _attended(batch)
         self._keep(batch, output)
         self.log("train/loss", mean_loss(total), prog_bar=True, batch_size=rows)
         means = {"npp": total[7] / total[1].clamp(min=1), "ntp": total[8] / total[4].clamp(min=1)}
@@ -302,9 +303,27 @@ class LitPixelLM(LitBase):
                 parameter.grad.mul_(factor)
         self._window.clear()
 
-    def step_stats(self) -> dict[str, float]:
-        """Attended patches and tokens of the last training step on this rank, counted together as `tokens`."""
-        return {} if self._step_tokens is None else {"tokens": float(self._step_tokens)}
+    def step_stats(self) -> dict[str, float | Tensor]:
+        """Attended patches and tokens of the last training step on this rank.
+
+        Returns:
+            `patches`, and `tokens`, which are patches and tokens together: positions of the trunk.
+        """
+        if self._step_lengths is None:
+            return {}
+        return {"tokens": self._step_lengths.sum(), "patches": self._step_lengths[0].sum()}
+
+    def step_flops(self) -> Tensor | None:
+        """Operations of the last training step on this rank; packed strips count as one text."""
+        if self._step_lengths is None:
+            return None
+        patches, tokens = self._step_lengths
+        modules = dict(self.net.named_modules())
+        flops = training_flops(transformer_cost(self.net, skip=(*_OWN_PARTS[0], *_OWN_PARTS[1])), patches + tokens)
+        for parts, lengths in zip(_OWN_PARTS, (patches, tokens), strict=True):
+            for part in (modules[name[:-1]] for name in parts if name[:-1] in modules):
+                flops = flops + training_flops(transformer_cost(part, config={}), lengths)
+        return flops
 
     # -- evaluation --------------------------------------------------------------------------------------------------
 
@@ -380,6 +399,10 @@ class LitPixelLM(LitBase):
             `read`, B texts read off the strips, if there is a tokenizer; and `text`, the B texts of the tokens.
         """
         self._checked_mode(batch, labelled=False)
+        with self.gathered(self.net):  # ranks may have other numbers of tokens to read, or none
+            return self._rate(batch)
+
+    def _rate(self, batch: Batch) -> dict[str, Any]:
         output = self(batch)
         rated: dict[str, Any] = {}
         if output.pixel_pred is not None:
@@ -408,9 +431,9 @@ class LitPixelLM(LitBase):
 
     @property
     def _can_read(self) -> bool:
-        """Whether strips can be turned into text; not when sharded, since ranks finish after different steps."""
+        """Whether strips can be turned into text."""
         wanted = self.tokenizer_name is not None and self.max_read_tokens > 0
-        return wanted and self.device_mesh is None and self.net.config.pair_order != "text_image"
+        return wanted and self.net.config.pair_order != "text_image"
 
     def _read(self, pixel_values: Tensor, pixel_mask: Tensor) -> list[str]:
         return self._texts(self.net.read(pixel_values, pixel_mask, max_new_tokens=self.max_read_tokens))
@@ -428,13 +451,17 @@ class LitPixelLM(LitBase):
             self._drawn |= {key: self._newest[key] for key in PIXEL_KEYS}
 
     def samples(self) -> list[dict[str, str | float]]:
-        """A few rows of the newest batch.
+        """A few rows of the newest batch; where networks are sharded, all processes must ask for theirs.
 
         Returns:
             `text` of rows with tokens, and outside training their `ntp` in nats per token; `read`, the text read off
             the strip, of rows with strips, if there is a tokenizer.
         """
         newest = self._newest
+        with self.gathered(self.net):
+            return self._shown(newest)
+
+    def _shown(self, newest: dict[str, Tensor]) -> list[dict[str, str | float]]:
         columns: dict[str, list[Any]] = {}
         if "labels" in newest:
             columns["text"] = self._texts(newest["labels"])
@@ -528,7 +555,7 @@ def complete_state(optimizer: Optimizer) -> None:
         group["lr"] = 0.0
     for parameter in new:
         parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
+    optimizer.step(closure=None)  # said aloud, as torch does in its own steps without effect; averages leave them out
     optimizer.zero_grad()
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
@@ -543,7 +570,11 @@ def _rows(batch: Batch) -> int:
 
 
 def _attended(batch: Batch) -> Tensor:
-    return torch.stack([batch[key].sum() for key in ("pixel_mask", "attention_mask") if key in batch]).sum()
+    """(2,B) int64, attended patches and tokens of each row."""
+    masks = ("pixel_mask", "attention_mask")
+    counts = {key: batch[key].sum(1) for key in masks if key in batch}
+    none = torch.zeros_like(next(iter(counts.values())))
+    return torch.stack([counts.get(key, none) for key in masks])
 
 
 def _first_rows(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,8 +1,7 @@
 """PPO under the Trainer: one training step is one rollout and its optimizer steps."""
 
-import copy
+import math
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -13,10 +12,12 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.optim import AdamW
 
+from lit_models._ranks import warn
 from lit_models.backbones import Backbone, has_adapters
 from lit_models.base import GroupOptions, LitBase, all_reduce_sum
+from lit_models.nn.flops import forward_flops, training_flops, transformer_cost
 from lit_models.nn.logprobs import token_nll
-from lit_models.nn.sharding import Sharding, shard
+from lit_models.nn.sharding import Sharding
 from lit_models.ppo import steps
 from lit_models.ppo.advantages import GAE, AdvantageEstimator
 from lit_models.ppo.functional import adaptive_kl, masked_sum, position_ids
@@ -155,9 +156,11 @@ class LitPPO(LitBase):
         self.last_kl = 0.0
         self.last_episodes = 0
         self.newest: Rollout | None = None
-        self._stats: dict[str, float] = {}
+        self._totals = torch.zeros(5, dtype=torch.float64)  # of evaluated rows: score, KL, length, ended, number
+        self._stats: dict[str, float | Tensor] = {}
+        self._step_lengths: Tensor | None = None  # (2,B) of prompts with responses, and of responses, in training
         if generator.truncates:
-            warnings.warn(
+            warn(
                 "model.generator rules tokens out (top_k or top_p), so log-probabilities are not those of the sampled "
                 "distribution and KL estimates may turn negative",
                 stacklevel=2,
@@ -176,40 +179,56 @@ class LitPPO(LitBase):
     def configure_model(self) -> None:
         """Build actor, critic, reference and the rewards' networks."""
         if self.actor is not None:
-            return
-        from lit_models.nn.scoring import init_score_head
+            return self.shard_built()
         from lit_models.tokenization import check_vocabulary, load_tokenizer
 
         self.tokenizer = load_tokenizer(self.tokenizer_name, self.pad_token)
         for part in (self.generator, self.advantage, *self.shapers):
             part.prepare(self.tokenizer)
-        actor = self.actor_source.build()
+        # One network after the other, so that no process ever holds the whole weights of two.
+        actor = self.build(self.actor_source.build)
+        check_vocabulary(self.tokenizer, actor)
+        steps.disable_dropout(actor)
+        if self.reference_source is None and not has_adapters(actor):
+            self.reference = self.frozen_copy(actor)
+        self.place("actor", actor)
+        self.place("critic", self.build(self._new_critic))
+        if self.reference_source is not None:
+            self.reference = self.place_frozen(self.build(self.reference_source.build))
+        for shaper in self.shapers:
+            own = self._built_by(shaper, actor, actor if self.reference is None else self.reference)
+            if own is not None:
+                self._place_shaper(shaper.name, own)
+        networks = [self._built_by(reward, self.tokenizer) for reward in self.rewards]
+        self.reward_networks = nn.ModuleList(
+            [nn.Identity() if network is None else self.place_frozen(network) for network in networks]
+        )
+        self.check_ema()
+
+    def _new_critic(self) -> nn.Module:
+        from lit_models.nn.scoring import init_score_head
+        from lit_models.tokenization import check_vocabulary
+
         critic = self._critic_source().build_scorer()
         critic.model.config.pad_token_id = self.tokenizer.pad_token_id
         if self.zero_critic_head:
             init_score_head(critic.model, zero=True)
-        for model in (actor, critic.model):
-            check_vocabulary(self.tokenizer, model)
-        for network in (actor, critic):
-            steps.disable_dropout(network)
-        if self.reference_source is not None:
-            self.reference = self._freeze(self.reference_source.build())
-        elif not has_adapters(actor):
-            self.reference = self._freeze(copy.deepcopy(actor))
-        shaper_networks = [
-            (shaper.name, shaper.build(actor, actor if self.reference is None else self.reference))
-            for shaper in self.shapers
-        ]
-        self.place("actor", actor)
-        self.place("critic", critic)
-        for name, own in shaper_networks:
-            if own is not None:
-                self._place_shaper(name, own)
-        networks = [reward.build(self.tokenizer) for reward in self.rewards]
-        self.reward_networks = nn.ModuleList(
-            [nn.Identity() if network is None else self._freeze(network) for network in networks]
-        )
-        self.check_ema()
+        check_vocabulary(self.tokenizer, critic.model)
+        steps.disable_dropout(critic)
+        return critic
+
+    def _built_by(self, part: "Reward | Shaper", *arguments: Any) -> nn.Module | None:  # noqa: ANN401
+        """The network of a reward or shaper; what building it has left in the part is there on all processes."""
+
+        def make() -> tuple[nn.Module | None, dict[str, Any]]:
+            before = dict(vars(part))
+            network = part.build(*arguments)
+            new = {name for name, value in vars(part).items() if name not in before or before[name] is not value}
+            return network, {name: vars(part)[name] for name in new}
+
+        network, left = self.build(make)
+        vars(part).update(left)
+        return network
 
     def _rebuilt(self) -> tuple[str, ...]:
         """Frozen networks that their source gives back on resume; the others are saved."""
@@ -231,14 +250,12 @@ class LitPPO(LitBase):
         """Keep a shaper's network, always in full precision: it is small, and takes differences of similar states."""
         if not name or hasattr(self, name):
             raise ValueError(f"model.shapers: the network name {name!r} is taken; give each shaper one of its own")
-        setattr(self, name, shard(network, self.device_mesh, Sharding()))
+        options = Sharding(activation_checkpointing=self.sharding.activation_checkpointing)
+        setattr(self, name, self.shard(network, options=options))
 
     def shaper_networks(self) -> dict[str, tuple[Shaper, nn.Module]]:
         """The shapers that train a network of their own, with it, by its name."""
         return {s.name: (s, getattr(self, s.name)) for s in self.shapers if s.name and hasattr(self, s.name)}
-
-    def _freeze(self, network: nn.Module) -> nn.Module:
-        return self.shard(network.requires_grad_(False).eval())
 
     def trained_networks(self) -> dict[str, nn.Module]:
         """Actor, critic, and the networks of shapers."""
@@ -306,7 +323,8 @@ class LitPPO(LitBase):
     def training_step(self, batch: Prompts, batch_idx: int) -> None:
         """One rollout and its updates."""
         prompts, ptx = (batch["prompt"], batch["ptx"]) if "ptx" in batch else (batch, None)
-        meter, clock = Meter(), _Clock()
+        self._check_share(prompts)
+        meter, clock = Meter(), _Clock(self.device)
         rollout = self.generate(prompts, self.rollouts, self.samples_per_prompt)
         clock.lap("time/generate")
         single = rollout.single_pass = self.updates.single(len(rollout))
@@ -322,6 +340,16 @@ class LitPPO(LitBase):
         norms, ratio = self._update(rollout, ptx, live, meter)
         clock.lap("time/update")
         self._finish(rollout, meter, norms, ratio, clock.laps, largest)
+
+    def _check_share(self, prompts: Prompts) -> None:
+        """Make sure that all processes have as many prompts: they take their optimizer steps together."""
+        world, own = self.trainer.world_size, len(prompts["prompt_ids"])
+        total = int(self.all_reduce(torch.tensor(own, device=self.device)))
+        if total != own * world:
+            raise ValueError(
+                f"data.batch_size: the {total} prompts of a rollout cannot be divided equally among {world} processes; "
+                f"train on a multiple of {world} prompts (data.limit_train), or on fewer processes (trainer.devices)"
+            )
 
     def generate(self, batch: Prompts, rollout: int, samples: int = 1, stream: int = 0) -> Rollout:
         """Sample responses to this process's share of a global batch of prompts.
@@ -339,8 +367,10 @@ class LitPPO(LitBase):
         trainer = self._trainer
         world, rank = (trainer.world_size, trainer.global_rank) if trainer is not None else (1, 0)
         noise = RowNoise(self.seed + 7919 * stream, rollout, len(prompt_ids) * world, samples, rank, world)
-        all_done = self._all_done if self.device_mesh is not None else bool
-        return steps.generate(self.actor, self.generator, self.tokenizer, batch, noise, samples, all_done)
+        together = self.device_mesh is not None and not self.sharding.gather_to_generate
+        all_done = self._all_done if together else bool
+        with nullcontext() if together else self.gathered(self.actor):
+            return steps.generate(self.actor, self.generator, self.tokenizer, batch, noise, samples, all_done)
 
     def score(self, rollout: Rollout, skip_trained: bool = False) -> dict[str, Tensor]:
         """Fill in log-probabilities, values and scores; see `steps.score`."""
@@ -422,7 +452,7 @@ class LitPPO(LitBase):
             if name in learning and (loss := shaper.network_loss(micro)) is not None:
                 meter.add(f"{name}/loss", loss, micro.response_mask)
                 total = total + masked_sum(loss, micro.response_mask) / tokens.clamp(min=1)
-            else:  # every parameter takes part in every backward pass, as DDP expects
+            elif self.device_mesh is None:  # every parameter takes part in every backward pass, as DDP expects
                 total = total + 0.0 * sum(p.sum() for p in network.parameters() if p.requires_grad)
         return total * self.trainer.world_size
 
@@ -471,7 +501,15 @@ class LitPPO(LitBase):
         self.rollouts += 1
         self.last_kl = shown["kl/ref"]
         self.last_episodes = len(rollout) * self.trainer.world_size
-        self.newest, self._stats = rollout, {"tokens": tokens, **laps}
+        self.newest = rollout
+        self._step_lengths = torch.stack([rollout.attention_mask.sum(1), rollout.response_mask.sum(1).long()])
+        self._stats = {
+            "tokens": tokens,
+            "responses": float(len(rollout)),
+            "generate_s": laps["time/generate"],
+            "score_s": laps["time/score"],
+            "grad_norm": math.hypot(*norms.values()),
+        }
         if self.max_rollouts is not None and self.rollouts >= self.max_rollouts:
             self.trainer.should_stop = True
 
@@ -499,11 +537,19 @@ class LitPPO(LitBase):
 
     def validation_step(self, batch: Prompts, batch_idx: int) -> None:
         """Score sampled responses to validation prompts."""
-        self._evaluate(batch, batch_idx, "val")
+        self._evaluate(batch, batch_idx)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log `val/score`, `val/kl` (nats), `val/length` (tokens) and `val/eos_frac`, over all prompts and ranks."""
+        self._log_evaluation("val")
 
     def test_step(self, batch: Prompts, batch_idx: int) -> None:
         """Score sampled responses to test prompts."""
-        self._evaluate(batch, batch_idx, "test")
+        self._evaluate(batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        """Log `test/score`, `test/kl`, `test/length` and `test/eos_frac` in the same way."""
+        self._log_evaluation("test")
 
     def predict_step(self, batch: Prompts, batch_idx: int) -> list[dict[str, Any]]:
         """Responses and scores, `predict_samples` per prompt, one row per prompt."""
@@ -535,25 +581,22 @@ class LitPPO(LitBase):
             for row in range(0, len(rollout), size)
         ]
 
-    def _evaluate(self, batch: Prompts, batch_idx: int, stage: str) -> None:
+    def _evaluate(self, batch: Prompts, batch_idx: int) -> None:
         with self._sampling_for_evaluation():
             rollout = self.generate(batch, batch_idx, stream=1)
         self.score(rollout)
         self.newest = rollout
-        metrics = {
-            "score": sequence_scores(rollout),
-            "kl": summed_kl(rollout),
-            "length": rollout.lengths.float(),
-            "eos_frac": rollout.ended.float(),
-        }
-        self.log_dict(
-            {f"{stage}/{name}": value.mean() for name, value in metrics.items()},
-            batch_size=len(rollout),
-            on_step=False,
-            on_epoch=True,
-            sync_dist=True,
-            prog_bar=stage == "val",
-        )
+        ended = rollout.ended
+        rows = [sequence_scores(rollout), summed_kl(rollout), rollout.lengths, ended, torch.ones_like(ended)]
+        self._totals += torch.stack([row.double().sum() for row in rows]).cpu()
+
+    def _log_evaluation(self, stage: str) -> None:
+        """Log the means over the rows of all ranks, of which some may have had none."""
+        *sums, count = all_reduce_sum(self, self._totals).tolist()
+        self._totals = torch.zeros_like(self._totals)
+        names = ("score", "kl", "length", "eos_frac")
+        means = {f"{stage}/{name}": total / max(count, 1) for name, total in zip(names, sums, strict=True)}
+        self.log_dict(means, prog_bar=stage == "val", sync_dist=True)
 
     @contextmanager
     def _sampling_for_evaluation(self) -> Iterator[None]:
@@ -586,9 +629,33 @@ class LitPPO(LitBase):
                 row["macro_actions"] = text
         return rows
 
-    def step_stats(self) -> dict[str, float]:
-        """Tokens of the newest rollout on this process and the seconds of its parts."""
+    def step_stats(self) -> dict[str, float | Tensor]:
+        """What the newest rollout was on this process.
+
+        Returns:
+            `tokens` of prompts and responses, `responses`, the seconds `generate_s` and `score_s` that go before the
+            updates, and `grad_norm`, that of all networks together before clipping, in the newest update.
+        """
         return self._stats
+
+    def step_flops(self) -> Tensor | None:
+        """Operations for the newest rollout: generation, scores and updates.
+
+        Left out are texts of the pre-training loss and the networks of shapers.
+        """
+        if self._step_lengths is None:
+            return None
+        lengths, responses = self._step_lengths
+        head = transformer_cost(self.actor.get_output_embeddings(), config={})  # predicts the response alone
+        actor, critic = transformer_cost(self.actor) - head, transformer_cost(self.critic)
+        # The actor generates; the reference, or the actor in its place, and the rewards rate what it made. Before
+        # several updates, the actor and the critic do so too.
+        again = int(not self.updates.single(len(lengths)))
+        fixed = [actor, actor, *[actor, critic] * again, *map(transformer_cost, self.reward_networks)]
+        flops = forward_flops(head, responses) * (2 + again)
+        flops = flops + torch.stack([forward_flops(cost, lengths) for cost in fixed]).sum()
+        update = training_flops(actor, lengths) + training_flops(critic, lengths) + training_flops(head, responses)
+        return flops + self.updates.epochs * update
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
 
@@ -610,13 +677,16 @@ class LitPPO(LitBase):
 
 
 class _Clock:
-    """Seconds between laps."""
+    """Seconds between laps, with the work of a GPU."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.laps: dict[str, float] = {}
+        self._device = device
         self._start = time.perf_counter()
 
     def lap(self, name: str) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)  # else its work would count in the lap that first waits for it
         now = time.perf_counter()
         self.laps[name] = now - self._start
         self._start = now

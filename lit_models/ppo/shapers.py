@@ -72,6 +72,8 @@ class Shaper(ABC):
     def build(self, actor: "PreTrainedModel", reference: "PreTrainedModel") -> nn.Module | None:
         """Make the shaper's own network; none by default.
 
+        Of either model, only configuration and shapes can be read: its weights may be on other processes.
+
         Args:
             actor: the policy.
             reference: the frozen policy, or the policy itself where its adapters make the difference.

@@ -344,7 +344,7 @@ def minibatches(
     Args:
         rollout: from `advantages`.
         updates: epochs and sizes.
-        generator: shuffles the rows of each epoch; the order of the rollout without one.
+        generator: shuffles the rows of each epoch, alike on all processes; the order of the rollout without one.
 
     Yields:
         Micro-batches whose gradients belong together.
@@ -355,9 +355,42 @@ def minibatches(
         yield [rollout]
         return
     for _ in range(updates.epochs):
-        order = torch.arange(rows) if generator is None else torch.randperm(rows, generator=generator)
-        for index in order.to(device).split(updates.minibatch_size or rows):
-            yield rollout.rows(index).split(updates.micro_batch_size)
+        size = updates.minibatch_size or rows
+        indices = torch.arange(rows).split(size) if generator is None else shuffled(rollout, size, generator)
+        for index in indices:
+            yield rollout.rows(index.to(device)).split(updates.micro_batch_size)
+
+
+def shuffled(rollout: Rollout, size: int, generator: torch.Generator) -> list[Tensor]:
+    """Divide the rows of a rollout at random into minibatches, which are the same for any number of processes.
+
+    No row leaves its process, yet all processes together take the minibatches that one process would take. To this end
+    the N rows of all processes are written into a table with one column for each of the M rows of a minibatch. Every
+    column is shuffled, and minibatch k is row k of the table. As processes own every W-th column, each has its share.
+
+    Args:
+        rollout: this process's rows, with the prompts of all processes taken in turns (`Rollout.noise`).
+        size: rows of a minibatch on this process.
+        generator: in the same state on all processes.
+
+    Returns:
+        Rows of this process for each minibatch, (m,) int64 in the order of their columns.
+    """
+    noise = rollout.noise
+    if noise is None or noise.total * noise.samples != len(rollout) * noise.world_size:
+        noise = RowNoise(0, 0, len(rollout))  # rows from elsewhere
+    prompts, samples, world = noise.total, noise.samples, noise.world_size
+    rows, columns = prompts * samples, size * world
+    numbers = torch.rand(-(-rows // columns), columns, generator=generator)
+    # The last row of the table may be incomplete: what is not there comes last in its column, whatever was drawn.
+    table = torch.arange(numbers.numel()).view_as(numbers)
+    drawn = table.gather(0, numbers.masked_fill(table >= rows, 2.0).argsort(0))
+    minibatches = []
+    for row in drawn:
+        own = row[(row < rows) & (row % prompts % world == noise.rank)]
+        # Row s P + p of the table is response s to prompt p; a process keeps the responses to a prompt together.
+        minibatches.append(own % prompts // world * samples + own // prompts)
+    return minibatches
 
 
 @dataclass

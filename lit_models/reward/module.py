@@ -11,6 +11,7 @@ from torch.optim import AdamW
 
 from lit_models.backbones import Backbone
 from lit_models.base import LitBase, all_reduce_sum
+from lit_models.nn.flops import training_flops, transformer_cost
 from lit_models.nn.logprobs import position_ids
 from lit_models.nn.scoring import TokenScorer
 from lit_models.nn.sharding import Sharding
@@ -99,7 +100,7 @@ class LitRewardModel(LitBase):
         self.tokenizer_name, self.pad_token = tokenizer, pad_token
         self.net = None  # type: ignore[assignment]
         self.reward_mean, self.reward_std = 0.0, 1.0
-        self._step_tokens: Tensor | None = None
+        self._step_lengths: Tensor | None = None  # of the texts of the newest training batch
         self._loss_sum = torch.zeros((), dtype=torch.float64)
         self._scores: list[Tensor] = []  # (2, B) end scores of each evaluated batch, chosen first
         self._newest: dict[str, Tensor] = {}
@@ -107,11 +108,11 @@ class LitRewardModel(LitBase):
     def configure_model(self) -> None:
         """Load the tokenizer and build the scorer."""
         if self.net is not None:
-            return
+            return self.shard_built()
         from lit_models.tokenization import check_vocabulary, load_tokenizer
 
         self.tokenizer = load_tokenizer(self.tokenizer_name, self.pad_token)
-        net = self.backbone.build_scorer()
+        net = self.build(self.backbone.build_scorer)
         check_vocabulary(self.tokenizer, net.model)
         config = net.model.config
         config.pad_token_id = self.tokenizer.pad_token_id  # transformers finds the last token by it
@@ -162,15 +163,24 @@ class LitRewardModel(LitBase):
         return per_token_loss(scores, ids, lengths)[0], ends
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Loss of one batch, averaged over its pairs."""
+        """Loss of one batch, for the gradient of the mean over its pairs on all ranks."""
         loss, ends = self._compare(batch)
-        self._step_tokens = batch["attention_mask"].sum()
+        self._step_lengths = batch["attention_mask"].sum(1)
+        # Data-parallel strategies average over ranks, which may hold different numbers of pairs.
+        pairs = loss.new_tensor(float(ends.shape[1]))
+        loss = loss * (pairs * self.trainer.world_size / all_reduce_sum(self, pairs))
         self.log("train/loss", loss, prog_bar=True, sync_dist=True, batch_size=ends.shape[1])
         return loss
 
-    def step_stats(self) -> dict[str, float]:
+    def step_stats(self) -> dict[str, float | Tensor]:
         """Processed `tokens` of the last training step on this rank, padding not counted."""
-        return {} if self._step_tokens is None else {"tokens": float(self._step_tokens)}
+        return {} if self._step_lengths is None else {"tokens": self._step_lengths.sum()}
+
+    def step_flops(self) -> Tensor | None:
+        """Operations of the last training step on this rank."""
+        if self._step_lengths is None:
+            return None
+        return training_flops(transformer_cost(self.net.model), self._step_lengths)
 
     # -- evaluation --------------------------------------------------------------------------------------------------
 

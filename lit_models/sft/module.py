@@ -10,6 +10,7 @@ from torch.optim import AdamW, Optimizer
 
 from lit_models.backbones import Backbone
 from lit_models.base import LitBase, all_reduce_sum
+from lit_models.nn.flops import training_flops, transformer_cost
 from lit_models.nn.logprobs import position_ids, token_nll
 from lit_models.nn.sharding import Sharding
 
@@ -61,18 +62,18 @@ class LitSFT(LitBase):
         self.tokenizer_name, self.pad_token = tokenizer, pad_token
         self.net = None  # type: ignore[assignment]
         self._window: list[Tensor] = []  # trained tokens of each batch since the last optimizer step
-        self._step_tokens: Tensor | None = None
+        self._step_lengths: Tensor | None = None  # of the texts of the newest training batch
         self._totals = torch.zeros(2, dtype=torch.float64)
         self._newest: dict[str, Tensor] = {}
 
     def configure_model(self) -> None:
         """Load the tokenizer and build the network."""
         if self.net is not None:
-            return
+            return self.shard_built()
         from lit_models.tokenization import check_vocabulary, load_tokenizer
 
         self.tokenizer = load_tokenizer(self.tokenizer_name, self.pad_token)
-        net = self.backbone.build()
+        net = self.build(self.backbone.build)
         check_vocabulary(self.tokenizer, net)
         net.config.pad_token_id = self.tokenizer.pad_token_id
         self.place("net", net)
@@ -112,7 +113,7 @@ class LitSFT(LitBase):
         local = torch.stack([nll.detach().sum(), counted.sum().float()])
         total, tokens = all_reduce_sum(self, local)
         self._window.append(tokens)
-        self._step_tokens = batch["attention_mask"].sum()
+        self._step_lengths = batch["attention_mask"].sum(1)
         self.log("train/loss", total / tokens.clamp(min=1), prog_bar=True, batch_size=len(nll))
         # Data-parallel strategies average gradients over ranks, where a sum is needed.
         return nll.sum() * self.trainer.world_size / self._window[0].clamp(min=1)
@@ -122,9 +123,13 @@ class LitSFT(LitBase):
         self.rescale_gradients(self.net, self._window)
         self._window.clear()
 
-    def step_stats(self) -> dict[str, float]:
+    def step_stats(self) -> dict[str, float | Tensor]:
         """Processed `tokens` of the last training step on this rank, padding not counted."""
-        return {} if self._step_tokens is None else {"tokens": float(self._step_tokens)}
+        return {} if self._step_lengths is None else {"tokens": self._step_lengths.sum()}
+
+    def step_flops(self) -> Tensor | None:
+        """Operations of the last training step on this rank."""
+        return None if self._step_lengths is None else training_flops(transformer_cost(self.net), self._step_lengths)
 
     # -- evaluation --------------------------------------------------------------------------------------------------
 

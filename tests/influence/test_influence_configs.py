@@ -124,7 +124,7 @@ def test_simulators_of_the_paper(name):
     assert (options["lr"], options["eps"], options["weight_decay"]) == (lr, 1e-8, decay)
     assert list(options["betas"]) == [0.9, 0.999]
     assert model["lr_scheduler"]["class_path"].endswith("WarmupLinear")
-    assert model["lr_scheduler"]["init_args"] == {"warmup": 200, "total": None}
+    assert model["lr_scheduler"]["init_args"] == {"warmup": 200, "total": None, "floor": 0.0}
     assert model["stop"] == {"patience": 10, "reference": "previous"}
     assert model["monitor"] == "val/all_steps_mse"
     assert (data["mode"], data["gap"], data["history_pad"], data["order"]) == ("pairs", "released", "zero", 1)
@@ -152,7 +152,7 @@ def test_our_simulator():
     assert (simulator["kind"], simulator["width"], simulator["compat"]) == ("feat_mlp", 64, None)
     assert model["optimizer"]["init_args"]["lr"] == 1e-3
     assert model["optimizer"]["init_args"]["weight_decay"] == 0
-    assert model["lr_scheduler"]["init_args"] == {"warmup": 100, "total": 300}
+    assert model["lr_scheduler"]["init_args"] == {"warmup": 100, "total": 300, "floor": 0.0}
     assert (data["mode"], data["gap"], data["batch_size"]) == ("matrix", "unroll", None)
     assert (config["trainer"]["max_steps"], config["trainer"]["val_check_interval"]) == (300, 20)
     assert data["train_ranges"] == [[0, 1199]]

@@ -92,7 +92,7 @@ def check_shared(config, warmup, every, monitor):
     assert model["optimizer"]["init_args"]["betas"] == [0.9, 0.999]
     assert model["optimizer"]["init_args"]["weight_decay"] == 0
     assert model["lr_scheduler"]["class_path"].endswith(".WarmupLinear")
-    assert model["lr_scheduler"]["init_args"] == {"warmup": warmup, "total": trainer["max_steps"]}
+    assert model["lr_scheduler"]["init_args"] == {"warmup": warmup, "total": trainer["max_steps"], "floor": 0.0}
     assert (trainer["val_check_interval"], trainer["check_val_every_n_epoch"]) == (every, None)
     assert trainer["gradient_clip_val"] == 1
     assert model["metrics"][0] == monitor

@@ -6,6 +6,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lit_models.nn.sharding import ShardingNeeds
+
 Encoder = Literal["mlp", "identity", "random_frozen"]
 ERROR_FLOOR = 1e-12
 """Below this squared norm the gradient of a norm is cut off, as it is not defined at 0."""
@@ -63,6 +65,8 @@ class ICM(nn.Module):
         detach_target: no gradient into the features of the next state, so that they cannot shrink to be predictable.
         inverse_model: also predict the action from both features, which keeps them informative (Pathak et al. 2017).
     """
+
+    sharding_needs = ShardingNeeds(units=("Sequential",), float32=("ICM",))
 
     def __init__(
         self,

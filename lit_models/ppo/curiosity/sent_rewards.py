@@ -59,18 +59,19 @@ class SentRewards(Shaper):
         """Subtract the likeness at the last token of each response."""
         assert rollout.reward_mask is not None
         references = self._references(rollout)
+        everything, own = gather(rollout.responses, 1 if rollout.noise is None else rollout.noise.samples)
         device = rewards.device
         words = torch.zeros(len(rollout), device=device)
         cosine = torch.zeros(len(rollout), device=device)
         if references:
             split = [text.split() for text in references]
             words = torch.tensor([bleu_against(text.split(), split) for text in rollout.responses], device=device)
-            # one call for both sides, so that an encoder's statistics are the same
-            vectors = encode(self._encoder, [*rollout.responses, *references])
+            # One call for both sides and for all processes, so that an encoder's statistics are the same.
+            vectors = encode(self._encoder, [*everything, *references])
             unit = torch.nn.functional.normalize(vectors, dim=-1)
-            new, old = unit[: len(rollout)], unit[len(rollout) :]
+            new, old = unit[own], unit[len(everything) :]
             cosine = (new @ old.T).mean(1).to(device)
-        self._pool = (self._pool + gather(rollout.responses))[-self.pool_size :]
+        self._pool = (self._pool + everything)[-self.pool_size :]
         penalty = self.bleu_coef * words + self.cosine_coef * cosine
         metrics = {"sent/bleu": words, "sent/cosine": cosine, "reward/sent": -penalty}
         return rewards - place_scores(penalty, rollout.reward_mask), metrics
@@ -91,19 +92,26 @@ class SentRewards(Shaper):
         self._pool = list(state["pool"])
 
 
-def gather(texts: list[str]) -> list[str]:
-    """Texts of all processes, in the order of their ranks.
+def gather(texts: list[str], samples: int = 1) -> tuple[list[str], list[int]]:
+    """Texts of all processes, in the order in which a single process would have them.
 
     Args:
-        texts: of this process.
+        texts: of this process, which has every W-th prompt.
+        samples: texts per prompt, which follow each other.
 
     Returns:
-        The texts of all.
+        The texts of all, and the places of this process's texts among them.
     """
     import torch.distributed as dist
 
     if not dist.is_initialized() or dist.get_world_size() == 1:
-        return texts
+        return texts, list(range(len(texts)))
     gathered: list[list[str]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(gathered, texts)
-    return [text for rank in gathered for text in rank]
+    order = [
+        (rank, text)
+        for start in range(0, max(map(len, gathered)), samples)
+        for rank, own in enumerate(gathered)
+        for text in own[start : start + samples]
+    ]
+    return [text for _, text in order], [place for place, (rank, _) in enumerate(order) if rank == dist.get_rank()]

@@ -1,13 +1,13 @@
 """Curiosity as a reward shaper."""
 
 import re
-import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from lit_models._ranks import warn
 from lit_models.nn.groups import GroupOptions
 from lit_models.ppo.curiosity.functional import Whitening, intrinsic_reward
 from lit_models.ppo.curiosity.modeling import ICM, Encoder, Prediction, icm_loss, prediction_error
@@ -179,7 +179,7 @@ class Curiosity(Shaper):
             all_reduce,
         )
         weighted = self.present_eta * bonus
-        spread = feature_spread(prediction.target, mask)
+        spread = feature_spread(prediction.target, mask, all_reduce)
         self._warn_of_collapse(spread)
         gated = mask if rollout.gate is None else mask * rollout.gate
         count = mask.sum(1).clamp(min=1)
@@ -240,25 +240,31 @@ class Curiosity(Shaper):
     def _warn_of_collapse(self, spread: Tensor) -> None:
         if not self._warned and float(spread) < COLLAPSED:
             self._warned = True
-            warnings.warn(
+            warn(
                 f"the features of Curiosity hardly differ between tokens (standard deviation {float(spread):.1e}), so "
                 "that its errors mean nothing; try shapers.detach_target: true or shapers.inverse_model: true",
                 stacklevel=2,
             )
 
 
-def feature_spread(features: Tensor, mask: Tensor) -> Tensor:
+def feature_spread(features: Tensor, mask: Tensor, all_reduce: AllReduce | None = None) -> Tensor:
     """Standard deviation of features over the valid tokens, averaged over features.
 
     Args:
         features: (B,R,H).
         mask: (B,R).
+        all_reduce: sums a tensor over processes; None takes this process alone. It is called twice.
 
     Returns:
         float32 scalar; 0 for fewer than two tokens.
     """
-    tokens = features.detach()[mask.bool()]
-    return tokens.std(0, correction=0).mean() if len(tokens) > 1 else tokens.new_zeros(())
+    tokens = features.detach()[mask.bool()].float()
+    sums = torch.cat([tokens.new_tensor([len(tokens)]), tokens.sum(0)])
+    sums = sums if all_reduce is None else all_reduce(sums)
+    count = sums[0].clamp(min=1)
+    squares = (tokens - sums[1:] / count).square().sum(0)
+    squares = squares if all_reduce is None else all_reduce(squares)
+    return (squares / count).sqrt().mean()
 
 
 def feed_forward_size(config: Any) -> int:  # noqa: ANN401
