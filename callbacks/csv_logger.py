@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
@@ -42,10 +42,10 @@ class AppendingCSVLogger(Logger):
         self._folder = Path(save_dir)
         self._file = "metrics.csv"
         self.flush_every = flush_every
-        self._begin(anew=False)
+        self._begin(None)
 
-    def _begin(self, anew: bool) -> None:
-        self._anew = anew
+    def _begin(self, fresh: Trainer | None) -> None:
+        self._fresh = fresh  # a trainer at its first step, which may yet resume
         self._columns: list[str] | None = None  # of the file, once it was opened
         self._rows: list[Row] = []  # to be written; the last one still takes values of its step
         self._end = 0  # bytes of the file that need not be written again
@@ -91,7 +91,7 @@ class AppendingCSVLogger(Logger):
             return  # an evaluation after training knows its step
         self.flush()
         self._file = "metrics.csv" if fits or trainer.state.fn is None else f"{trainer.state.fn.value}.csv"
-        self._begin(anew=fits and not trainer.ckpt_path and trainer.global_step == 0)
+        self._begin(trainer if fits and trainer.global_step == 0 else None)
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
@@ -143,7 +143,8 @@ class AppendingCSVLogger(Logger):
     def _open(self, step: int) -> None:
         """Take over an earlier file up to the step that is logged first."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        rows = [] if self._anew else [row for row in self._read() if int(row["step"]) <= step]
+        anew = self._fresh is not None and not self._fresh.ckpt_path
+        rows = [] if anew else [row for row in self._read() if int(row["step"]) <= step]
         if rows and int(rows[-1]["step"]) == step:
             self._rows.append({name: value for name, value in rows.pop().items() if value != ""})
         self._rewrite(list(rows[0]) if rows else ["step"], rows)

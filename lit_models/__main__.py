@@ -6,6 +6,7 @@ import traceback
 from pathlib import Path
 
 from lit_models._help import asks_for_help, show_help
+from lit_models.signals import noted
 
 OURS = ("lit_models", "datamodules", "callbacks")
 
@@ -29,16 +30,17 @@ def main(args: list[str] | None = None) -> None:
     """Run the command line.
 
     An error found by one of this collection's checks ends it with that one sentence; `LIT_MODELS_TRACEBACK=1` shows
-    where it came from.
+    where it came from. A run that SIGUSR1 or SIGTERM stopped ends with exit code 75, see `callbacks.Requeue`.
 
     Args:
         args: arguments after the program's name; those of the process by default.
     """
-    command = sys.argv[1:] if args is None else args
-    if asks_for_help(command):
-        show_help(command, lambda: run(args))
-    else:
-        run(args)
+    with noted():  # before anything heavy is imported, since a scheduler's warning may come at any time
+        command = sys.argv[1:] if args is None else args
+        if asks_for_help(command):
+            show_help(command, lambda: run(args))
+        else:
+            run(args)
 
 
 def run(args: list[str] | None) -> None:
