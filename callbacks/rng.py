@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, distributed
 
 
@@ -83,20 +84,30 @@ class RNGState(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:  # noqa: ANN401
         """Go to the training stream; the first time after a resume, to the streams of the checkpoint."""
+        if not self._take_over(trainer):
+            self._between = RandomState.now()
+        if self._training is not None:
+            self._training.restore()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Go to the stream of the checkpoint where a resumed run goes on with validation."""
+        if trainer.state.fn == TrainerFn.FITTING and self._take_over(trainer) and self._between is not None:
+            self._between.restore()
+
+    def _take_over(self, trainer: Trainer) -> bool:
+        """Take the streams of the checkpoint, once; whether there were any for this process."""
         loaded, self._loaded = self._loaded, []
         if len(loaded) == trainer.world_size:
             own = loaded[trainer.global_rank]
             self._training, self._between = (RandomState.from_plain(own[name]) for name in ("training", "between"))
-        else:
-            if loaded and trainer.is_global_zero:
-                warnings.warn(
-                    f"random states are not restored, since the checkpoint holds those of {len(loaded)} processes and "
-                    f"this run has {trainer.world_size}",
-                    stacklevel=2,
-                )
-            self._between = RandomState.now()
-        if self._training is not None:
-            self._training.restore()
+            return True
+        if loaded and trainer.is_global_zero:
+            warnings.warn(
+                f"random states are not restored, since the checkpoint holds those of {len(loaded)} processes and "
+                f"this run has {trainer.world_size}",
+                stacklevel=2,
+            )
+        return False
 
     def on_train_batch_end(
         self,

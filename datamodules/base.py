@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, Literal, TypeAlias
 
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 
@@ -24,7 +25,8 @@ class LitData(LightningDataModule):
     """Loaders over the data sets that a subclass builds.
 
     A subclass implements `build(split)` and `collator()`. The training loader shuffles, drops the last incomplete
-    batch and continues exactly where a checkpoint left it; the other loaders give every row once, in order.
+    global batch and continues exactly where a checkpoint left it; the other loaders give every row once, in order.
+    Ranks share the rows; which rows make a global batch does not depend on their number.
 
     Args:
         batch_size: training rows per batch and rank.
@@ -44,7 +46,6 @@ class LitData(LightningDataModule):
         self.val_batch_size = val_batch_size or batch_size
         self.num_workers, self.seed = num_workers, seed
         self.datasets: dict[Split, Any] = {}
-        self.allow_zero_length_dataloader_with_multiple_devices = True  # fewer rows to evaluate than ranks
 
     def build(self, split: Split) -> Any:  # noqa: ANN401
         """Build the data set of one split.
@@ -66,6 +67,11 @@ class LitData(LightningDataModule):
             The function; the subclass documents the keys of the batch.
         """
         raise NotImplementedError
+
+    @property
+    def even(self) -> bool:
+        """Whether all ranks must evaluate equally many batches: sharded networks communicate in each of them."""
+        return self.trainer is not None and isinstance(self.trainer.strategy, (FSDPStrategy, ModelParallelStrategy))
 
     def setup(self, stage: str) -> None:
         """Build the data sets of a stage that are not there yet.
@@ -102,9 +108,8 @@ class LitData(LightningDataModule):
         return self._evaluation("predict")
 
     def _evaluation(self, split: Split) -> DataLoader[Any]:
-        return evaluation_loader(
-            self._dataset(split), self.val_batch_size, collate_fn=self.collator(), num_workers=self.num_workers
-        )
+        options = {"collate_fn": self.collator(), "num_workers": self.num_workers}
+        return evaluation_loader(self._dataset(split), self.val_batch_size, self.even, **options)
 
     def _dataset(self, split: Split) -> Any:  # noqa: ANN401
         if split not in self.datasets:

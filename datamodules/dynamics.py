@@ -422,6 +422,11 @@ class DynamicsData(LitData):
         loader.taken = self._taken_counter()
         return loader
 
+    @property
+    def even(self) -> bool:
+        """Never, since every rank evaluates a whole simulator."""
+        return False
+
     def _evaluation(self, split: Split) -> Any:  # noqa: ANN401
         if self.all_runs:
             self.val_batch_size = len(self._dataset(split))

@@ -1,11 +1,13 @@
 """Loaders that continue where a checkpoint left them, on any number of ranks and workers."""
 
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from itertools import chain, pairwise, repeat
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, DistributedSampler, Sampler
+from lightning.pytorch.utilities import rank_zero_warn
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, Sampler, default_collate
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -18,13 +20,17 @@ def rank_and_world() -> tuple[int, int]:
 class Position:
     """Place in a stream of batches that is passed through again and again.
 
+    Args:
+        global_batch: rows of a batch on all ranks together.
+
     Attributes:
         epoch: epoch of the trainer.
         pass_: passes through the data that were begun before the present one in this epoch.
         batches: batches of the present pass that were yielded on this rank.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, global_batch: int = 1) -> None:
+        self.global_batch = global_batch
         self.epoch = self.pass_ = self.batches = 0
         self._restored = False
 
@@ -44,9 +50,24 @@ class Position:
         self.pass_, self.batches = self.pass_ + 1, 0
 
     def restore(self, state: dict[str, int]) -> None:
-        """Go to a stored place."""
+        """Go to a stored place.
+
+        Args:
+            state: `epoch`, `pass`, `batches`, and `global_batch` at that time.
+
+        Warns:
+            UserWarning: if the global batch has another size now, since the batches are then others.
+        """
         self.epoch, self.pass_, self.batches = state["epoch"], state["pass"], state["batches"]
         self._restored = True
+        stored = state.get("global_batch", self.global_batch)
+        if stored != self.global_batch and self.batches:
+            self.batches, again = divmod(self.batches * stored, self.global_batch)
+            rank_zero_warn(
+                f"data.batch_size: the checkpoint was written with {stored} rows per batch on all processes together, "
+                f"and now there are {self.global_batch}; training goes on at the same row of the data"
+                + (f", with {again} rows seen twice" if again else "")
+            )
 
 
 @runtime_checkable
@@ -61,38 +82,44 @@ class ResumableSampler(DistributedSampler[Any]):
 
     Rank r of W takes every W-th row number of the (shuffled) order, so batch k of all ranks together holds the same
     rows for every W with the same global batch. Rows that do not fill a last global batch are left out; a data set
-    smaller than one global batch gives one short batch, filled up by repetition to the same size on all ranks.
+    smaller than one global batch gives one short batch of all rows, in which ranks may differ by one row.
 
     Args:
         data_source: data set with a length.
         batch_size: rows per batch and rank.
         shuffle: draw a new order for every pass; otherwise the rows stay in their order.
         seed: seed of the orders.
+
+    Raises:
+        ValueError: if there are fewer rows than ranks.
     """
 
     def __init__(self, data_source: Sized, batch_size: int, shuffle: bool = True, seed: int = 0) -> None:
         # The base class is wanted for its name only: the trainer leaves such samplers as they are.
         Sampler.__init__(self)
-        self.position = Position()
         self.rows = len(data_source)
         self.batch_size = batch_size
         self.shuffle, self.seed = shuffle, seed
         self.rank, self.num_replicas = rank_and_world()
-        global_batch = batch_size * self.num_replicas
-        per_rank = -(-self.rows // self.num_replicas)
-        self.num_samples = self.rows // global_batch * batch_size or per_rank
+        if 0 < self.rows < self.num_replicas:
+            raise ValueError(
+                f"data: {self.rows} training rows cannot be divided among {self.num_replicas} processes; give more "
+                f"rows, or set trainer.devices and trainer.num_nodes to {self.rows} processes at most"
+            )
+        self.position = Position(batch_size * self.num_replicas)
+        self.used = self.rows // self.position.global_batch * self.position.global_batch or self.rows
 
     def __len__(self) -> int:
         """Rows of one whole pass on this rank."""
-        return self.num_samples
+        return len(range(self.rank, self.used, self.num_replicas))
 
     def __iter__(self) -> Iterator[int]:
         """Row numbers from the position to the end of the pass."""
         order = np.arange(self.rows)
         if self.shuffle:
             order = np.random.default_rng([self.seed, self.position.epoch, self.position.pass_]).permutation(self.rows)
-        order = np.resize(order, self.num_samples * self.num_replicas)  # cuts; repeats only in a short single batch
-        yield from order[self.rank :: self.num_replicas][self.position.batches * self.batch_size :].tolist()
+        own = order[self.rank : self.used : self.num_replicas]
+        yield from own[self.position.batches * self.batch_size :].tolist()
 
     def set_epoch(self, epoch: int) -> None:
         """Go to the beginning of an epoch; the trainer calls this."""
@@ -103,8 +130,7 @@ class EvaluationSampler(DistributedSampler[Any]):
     """Every row exactly once, over all ranks together, in the order of the data set.
 
     Nothing is padded or left out, so sums and counts over ranks are exact. Ranks may hold one row, and with it one
-    batch, more than others: code that runs a collective operation per batch (sharded models) must allow for that or
-    use data whose length is a multiple of the global batch.
+    batch, more than others; where every batch needs all ranks (sharded networks), see `EvenBatches`.
 
     Args:
         data_source: data set with a length.
@@ -127,7 +153,117 @@ class EvaluationSampler(DistributedSampler[Any]):
         """Nothing to do: the order is the same in every epoch."""
 
 
-class ResumableLoader(DataLoader[Any]):
+def even_bounds(rows: int, batch_size: int, world: int) -> list[int]:
+    """Divide rows into global batches of which every rank has a part.
+
+    All are full but the last one; if that has fewer rows than there are ranks, the one before lends it one per rank.
+
+    Args:
+        rows: how many there are.
+        batch_size: most rows per batch and rank.
+        world: number of ranks.
+
+    Returns:
+        First row of every global batch, and `rows` at the end.
+
+    Raises:
+        ValueError: if it cannot be done: with fewer rows than ranks, or with batches of one row.
+    """
+    bounds = [*range(0, rows, batch_size * world), rows]
+    left = rows % (batch_size * world)
+    if 0 < left < world:
+        if rows < world or batch_size == 1:
+            remedy = f"at least {world} rows" if rows < world else f"{rows - left} rows, or batches of 2"
+            raise ValueError(
+                f"data.val_batch_size: {rows} rows in batches of {batch_size} can't be divided among {world} processes "
+                f"with equally many batches each, without which sharded networks would hang; take {remedy}"
+            )
+        bounds[-2] -= world
+    return bounds
+
+
+class EvenBatches(EvaluationSampler):
+    """Every row exactly once, over all ranks together, in as many batches on every rank.
+
+    The batches are those of an `EvaluationSampler`, but for the last ones; see `even_bounds`. Sharded networks
+    communicate in every batch and would wait for ever for a rank that has none left.
+
+    Args:
+        data_source: data set with a length.
+        batch_size: most rows per batch and rank.
+    """
+
+    def __init__(self, data_source: Sized, batch_size: int) -> None:
+        super().__init__(data_source)
+        bounds = even_bounds(len(data_source), batch_size, self.num_replicas)
+        self.batches = [list(range(first + self.rank, last, self.num_replicas)) for first, last in pairwise(bounds)]
+
+    def __len__(self) -> int:
+        """Batches of every rank."""
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        """Lists of row numbers."""
+        return iter(self.batches)
+
+
+class ByBatch(Dataset[list[Any]]):
+    """Rows of a data set, many at a time.
+
+    Args:
+        dataset: data set with a length.
+    """
+
+    def __init__(self, dataset: Any) -> None:  # noqa: ANN401
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return len(self.dataset)
+
+    def __getitem__(self, index: int | Sequence[int]) -> Any:  # noqa: ANN401
+        """The rows of a batch; of a row number alone, as the trainer asks when it overfits, a batch of one."""
+        rows = [index] if isinstance(index, int) else index
+        if hasattr(self.dataset, "__getitems__"):
+            return self.dataset.__getitems__(rows)
+        return [self.dataset[row] for row in rows]
+
+
+def until_one_ends(batches: Iterable[Any], group: Any) -> Iterator[Any]:  # noqa: ANN401
+    """Batches of this rank, until the first rank has none left.
+
+    Ranks that read a stream each by itself cannot know how much the others have. All must iterate at the same time.
+
+    Args:
+        batches: of this rank.
+        group: process group in which they agree; one on the CPU does not wait for the GPU.
+
+    Yields:
+        The batches.
+    """
+    for batch in chain(batches, repeat(None)):
+        left = torch.tensor(int(batch is not None))
+        torch.distributed.all_reduce(left, torch.distributed.ReduceOp.MIN, group)
+        if not left:
+            return
+        yield batch
+
+
+class _Loader(DataLoader[Any]):
+    """DataLoader of streams too of which ranks may hold different numbers of batches."""
+
+    _group: Any = None
+
+    def _batches(self) -> Iterator[Any]:
+        batches: Iterator[Any] = super().__iter__()
+        if not getattr(self.dataset, "unequal", False):
+            return batches
+        if self._group is None:
+            self._group = torch.distributed.new_group(backend="gloo")
+        return until_one_ends(batches, self._group)
+
+
+class ResumableLoader(_Loader):
     """DataLoader whose place in the data is part of the trainer's checkpoint.
 
     Give it a `ResumableSampler`, or an iterable data set with a `position` (and then no persistent workers, which would
@@ -156,7 +292,7 @@ class ResumableLoader(DataLoader[Any]):
         position = self.position
         if position is not None:
             position.begin()
-        for batch in super().__iter__():
+        for batch in self._batches():
             self.yielded += 1
             if position is not None:
                 position.batches += 1
@@ -165,17 +301,39 @@ class ResumableLoader(DataLoader[Any]):
             position.finish()
 
     def state_dict(self) -> dict[str, int]:
-        """Epoch, pass and number of batches that were taken in it."""
+        """Epoch, pass and number of batches that were taken in it, and the rows of a batch on all ranks."""
         position = self.position
         if position is None:
             return {}
         waiting = 0 if self.taken is None else self.yielded - self.taken()
-        return {"epoch": position.epoch, "pass": position.pass_, "batches": position.batches - waiting}
+        return {
+            "epoch": position.epoch,
+            "pass": position.pass_,
+            "batches": position.batches - waiting,
+            "global_batch": position.global_batch,
+        }
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue at a stored place."""
         if state and self.position is not None:
             self.position.restore(state)
+
+
+class EvaluationLoader(_Loader):
+    """DataLoader of data in which a rank may have no row.
+
+    Its length is never 0 unless the data set is empty: the trainer would skip the evaluation on that rank alone, while
+    the others wait for it where they sum up.
+    """
+
+    def __len__(self) -> int:
+        """Batches of this rank, or 1 if it has none."""
+        batches = super().__len__()
+        return max(batches, 1) if len(self.dataset) else batches  # type: ignore[arg-type]
+
+    def __iter__(self) -> Any:  # noqa: ANN401  # the base class names its private iterator
+        """Batches of this rank."""
+        return self._batches()
 
 
 def train_loader(dataset: Any, batch_size: int, seed: int, shuffle: bool = True, **options: Any) -> ResumableLoader:  # noqa: ANN401
@@ -192,7 +350,7 @@ def train_loader(dataset: Any, batch_size: int, seed: int, shuffle: bool = True,
         The loader.
     """
     generator = torch.Generator().manual_seed(seed)  # the loader must not draw from the global generator
-    if isinstance(dataset, torch.utils.data.IterableDataset):
+    if isinstance(dataset, IterableDataset):
         return ResumableLoader(dataset, batch_size, drop_last=True, generator=generator, **options)
     sampler = ResumableSampler(dataset, batch_size, shuffle, seed)
     persistent = options.get("num_workers", 0) > 0
@@ -201,18 +359,29 @@ def train_loader(dataset: Any, batch_size: int, seed: int, shuffle: bool = True,
     )
 
 
-def evaluation_loader(dataset: Any, batch_size: int, **options: Any) -> DataLoader[Any]:  # noqa: ANN401
+def evaluation_loader(dataset: Any, batch_size: int, even: bool = False, **options: Any) -> EvaluationLoader:  # noqa: ANN401
     """Build the loader of a validation, test or prediction set; see `EvaluationSampler`.
 
     Args:
-        dataset: rows with a length, or an iterable data set.
+        dataset: rows with a length, or an iterable data set of rows, or of lists of rows if it is `batched`.
         batch_size: rows per batch and rank.
+        even: give all ranks equally many batches; see `EvenBatches`.
         options: further arguments of `DataLoader`.
 
     Returns:
         The loader.
+
+    Raises:
+        ValueError: if the batches cannot be divided evenly.
     """
     generator = torch.Generator().manual_seed(0)
-    sampler = None if isinstance(dataset, torch.utils.data.IterableDataset) else EvaluationSampler(dataset)
     # By keyword, since the trainer builds the loader anew for prediction with a batch size of its own.
-    return DataLoader(dataset, batch_size=batch_size, sampler=sampler, generator=generator, **options)
+    if isinstance(dataset, IterableDataset):
+        size = None if getattr(dataset, "batched", False) else batch_size
+        return EvaluationLoader(dataset, batch_size=size, generator=generator, **options)
+    if even:
+        batches = EvenBatches(dataset, batch_size)
+        options.setdefault("collate_fn", default_collate)
+        return EvaluationLoader(ByBatch(dataset), batch_size=None, sampler=batches, generator=generator, **options)
+    sampler = EvaluationSampler(dataset)
+    return EvaluationLoader(dataset, batch_size=batch_size, sampler=sampler, generator=generator, **options)

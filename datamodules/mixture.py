@@ -5,7 +5,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 
-from datamodules.loaders import EvaluationSampler, ResumableSampler
+from datamodules.loaders import EvaluationSampler, EvenBatches, ResumableSampler
 
 Mode: TypeAlias = Literal["image", "text", "pair"]
 Index: TypeAlias = tuple[int, Mode]
@@ -119,18 +119,26 @@ class EvaluationBatches(EvaluationSampler):
         data_source: data set with a length.
         batch_size: most rows per batch and rank.
         modes: the modes.
+        even: give all ranks equally many batches; see `datamodules.loaders.EvenBatches`.
+
+    Raises:
+        ValueError: if the batches cannot be divided evenly.
     """
 
-    def __init__(self, data_source: Sized, batch_size: int, modes: Sequence[Mode]) -> None:
+    def __init__(self, data_source: Sized, batch_size: int, modes: Sequence[Mode], even: bool = False) -> None:
         super().__init__(data_source)
-        self.batch_size, self.modes = batch_size, tuple(modes)
+        self.modes = tuple(modes)
+        starts = range(0, len(self.order), batch_size)
+        self.batches = [list(self.order[start : start + batch_size]) for start in starts]
+        if even:
+            self.batches = EvenBatches(data_source, batch_size).batches
 
     def __len__(self) -> int:
         """Batches of this rank."""
-        return -(-len(self.order) // self.batch_size) * len(self.modes)
+        return len(self.batches) * len(self.modes)
 
     def __iter__(self) -> Iterator[Any]:
         """Lists of (row number, mode)."""
-        for start in range(0, len(self.order), self.batch_size):
+        for rows in self.batches:
             for mode in self.modes:
-                yield [(row, mode) for row in self.order[start : start + self.batch_size]]
+                yield [(row, mode) for row in rows]

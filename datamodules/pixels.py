@@ -2,20 +2,19 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 
 from datamodules.assets import asset_path
 from datamodules.base import LitData, Split
 from datamodules.encoding import Encoder
 from datamodules.formats import lookup
-from datamodules.loaders import ResumableLoader, train_loader
+from datamodules.loaders import EvaluationLoader, ResumableLoader, evaluation_loader, train_loader
 from datamodules.mixture import EvaluationBatches, Index, Mixture, MixtureSampler, Mode, check_modes
 from datamodules.packing import Block, BlockBuilder, document_ids, greedy_starts
 from datamodules.pixel_collate import Item, PixelCollator, StripLayout
@@ -23,7 +22,7 @@ from datamodules.prerender import COUNT, decode_strip, differing_keys, image_col
 from datamodules.rendering.base import Pixels, Renderer
 from datamodules.snippets import load_snippets
 from datamodules.sources import Rows, TextUnit, chunks, load_rows, require_columns
-from datamodules.streams import StreamedRows
+from datamodules.streams import Shares, StreamedRows
 from lit_models.tokenization import load_tokenizer
 
 Document: TypeAlias = dict[str, Any]
@@ -240,9 +239,8 @@ class PixelData(LitData):
         Args:
             dataset: what `dataset` gave.
         """
-        from datamodules.loaders import evaluation_loader
-
-        return evaluation_loader(dataset, self.val_batch_size, collate_fn=self.collator(), num_workers=self.num_workers)
+        options = {"collate_fn": self.collator(), "num_workers": self.num_workers}
+        return evaluation_loader(dataset, self.val_batch_size, self.even, **options)
 
 
 def _names(splits: Splits) -> list[str]:
@@ -464,7 +462,7 @@ class Strips(Dataset[Item]):
 class StreamedStrips(StreamedRows):
     """Items of a stream, made by the worker that needs them; see `StreamedRows` for ranks, workers and resuming.
 
-    Dividing long documents needs their widths, which every worker measures for all rows of its rank.
+    Dividing long documents needs their widths, which every worker measures for all rows that its rank reads.
 
     Args:
         rows: iterable data set.
@@ -473,8 +471,7 @@ class StreamedStrips(StreamedRows):
         mixture: modes of the batches.
         batch_size: rows per batch and rank.
         capacity: patches among which documents are packed; 0 packs none.
-        shuffle_buffer: rows among which the next one is drawn; 0 keeps the order.
-        seed: seed of the shuffle.
+        options: see `StreamedRows`.
     """
 
     def __init__(
@@ -485,30 +482,17 @@ class StreamedStrips(StreamedRows):
         mixture: Mixture,
         batch_size: int,
         capacity: int = 0,
-        shuffle_buffer: int = 0,
-        seed: int = 0,
+        **options: Any,  # noqa: ANN401
     ) -> None:
-        super().__init__(rows, reader, batch_size, shuffle_buffer, seed)
+        super().__init__(rows, reader, batch_size, **options)
         self.maker, self.mixture, self.capacity = maker, mixture, capacity
 
     def __iter__(self) -> Iterator[Any]:
         """Items of this worker, from the position on."""
         place = self.position
         epoch, pass_, first = place.epoch, place.pass_, place.batches
-        for number, examples in self._own(self._batches(first)):
-            if len(examples) == self.batch_size:  # the loader drops the last incomplete batch
-                yield from self.maker(examples, self.mixture.mode(epoch, pass_, first + number))
-
-    def _own(self, batches: Iterator[Any]) -> Iterator[tuple[int, Any]]:
-        """This worker's part of batches, with their numbers."""
-        worker = get_worker_info()
-        number, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        return islice(enumerate(batches), number, None, workers)
-
-    def _batches(self, skipped: int) -> Iterator[list[list[Document]]]:
-        examples = islice(self._examples(), skipped * self.batch_size, None)
-        while batch := list(islice(examples, self.batch_size)):
-            yield batch
+        for number, examples in self._of_worker(self._batches(self._examples(), first)):
+            yield from self.maker(examples, self.mixture.mode(epoch, pass_, first + number))
 
     def _examples(self) -> Iterator[list[Document]]:
         documents = self._encoded()
@@ -532,8 +516,8 @@ class StreamedEvaluation(StreamedStrips):
 
     def __iter__(self) -> Iterator[Any]:
         """Lists of items."""
-        turns = ((examples, mode) for examples in self._batches(0) for mode in self.mixture.modes)
-        for _, (examples, mode) in self._own(turns):
+        turns = ((examples, mode) for examples in self._batches(self._examples()) for mode in self.mixture.modes)
+        for _, (examples, mode) in self._of_worker(turns):
             yield self.maker(examples, mode)
 
 
@@ -574,6 +558,9 @@ class PixelTexts(PixelData):
         streaming: read and divide rows while training instead of before, which takes about a minute for every fifty
             thousand pages of text.
         shuffle_buffer: when streaming, training rows among which the next one is drawn; 0 keeps their order.
+        stream_shares: when streaming on several ranks, what each of them takes: its part of every global batch
+            (`batches`), or its part of the source (`sources`), which is cheaper for many ranks, but makes the batches
+            depend on their number; see `datamodules.streams.StreamedRows`.
         options: see `PixelData`.
     """
 
@@ -589,6 +576,7 @@ class PixelTexts(PixelData):
         pack: bool = False,
         streaming: bool = False,
         shuffle_buffer: int = 1000,
+        stream_shares: Shares = "batches",
         **options: Any,  # noqa: ANN401
     ) -> None:
         super().__init__(path, renderer, tokenizer, **options)
@@ -605,7 +593,7 @@ class PixelTexts(PixelData):
             )
         self.encoder = self.token_encoder("data.modes") if used != {"image"} else None
         self.text_column, self.split_long, self.pack = text_column, split_long, pack
-        self.streaming, self.shuffle_buffer = streaming, shuffle_buffer
+        self.streaming, self.shuffle_buffer, self.stream_shares = streaming, shuffle_buffer, stream_shares
         self.save_hyperparameters(ignore=["renderer"], logger=False)
 
     def prepare_data(self) -> None:
@@ -679,8 +667,8 @@ class PixelTexts(PixelData):
         """
         sampler = None
         if isinstance(dataset, Strips):
-            sampler = EvaluationBatches(dataset, self.val_batch_size, self.val_mixture.modes)
-        return DataLoader(
+            sampler = EvaluationBatches(dataset, self.val_batch_size, self.val_mixture.modes, self.even)
+        return EvaluationLoader(
             dataset,
             batch_size=None,
             sampler=sampler,
@@ -732,10 +720,12 @@ class PixelTexts(PixelData):
             rows = rows.take(limit)
         shared = (rows, reader, self._maker())
         if split == "train":
-            return StreamedStrips(
-                *shared, self.mixture, self.batch_size, self._capacity, self.shuffle_buffer, self.seed
-            )
-        return StreamedEvaluation(*shared, self.val_mixture, self.val_batch_size, self._capacity)
+            options: dict[str, Any] = {"shuffle_buffer": self.shuffle_buffer, "seed": self.seed}
+            sizes = (self.mixture, self.batch_size, self._capacity)
+            return StreamedStrips(*shared, *sizes, shares=self.stream_shares, **options)
+        options = {"drop_last": False, "even": self.even}
+        sizes = (self.val_mixture, self.val_batch_size, self._capacity)
+        return StreamedEvaluation(*shared, *sizes, shares=self.stream_shares, **options)
 
 
 class PixelSnippets(PixelTexts):

@@ -76,7 +76,7 @@ class PromptData(TextData):
     Batch:
         * `prompt_ids`: (B, P) int64, left padded to the longest prompt of the batch
         * `prompt_mask`: (B, P) int64, 1 where a token is
-        * `index`: (B,) int64, position in the split (in the rank's stream when streaming)
+        * `index`: (B,) int64, position in the split (when streaming, in the stream that the rank reads)
         * `columns`: dict of lists, raw values of `keep_columns`
 
     Args:

@@ -12,7 +12,7 @@ from datamodules.encoding import Encoder
 from datamodules.formats import COLUMNS, Format, FormatName, Texts, lookup, make_format
 from datamodules.sources import Rows, chunks, load_rows, require_columns
 from datamodules.splits import stage_indices
-from datamodules.streams import StreamedRows
+from datamodules.streams import Shares, StreamedBatches, StreamedRows
 from lit_models.tokenization import load_tokenizer
 
 Encoded: TypeAlias = dict[str, Any]
@@ -108,6 +108,9 @@ class TextData(LitData):
         limit_val: use only the first rows of the validation split (of this stage).
         streaming: read and tokenise rows while training instead of before; see `datamodules.streams.StreamedRows`.
         shuffle_buffer: when streaming, training rows among which the next one is drawn; 0 keeps their order.
+        stream_shares: when streaming on several ranks, what each of them takes: its part of every global batch
+            (`batches`), or its part of the source (`sources`), which is cheaper for many ranks, but makes the batches
+            depend on their number; see `datamodules.streams.StreamedRows`.
         keep_columns: columns whose raw values are passed on with each row (where the batch has room for them).
         batch_size: training rows per batch and rank.
         val_batch_size: rows per batch and rank outside training; None takes `batch_size`.
@@ -135,6 +138,7 @@ class TextData(LitData):
         limit_val: int | None = None,
         streaming: bool = False,
         shuffle_buffer: int = 1000,
+        stream_shares: Shares = "batches",
         keep_columns: list[str] | None = None,
         batch_size: int = 8,
         val_batch_size: int | None = None,
@@ -165,7 +169,7 @@ class TextData(LitData):
         }
         self.stage_fractions, self.stage = stage_fractions, stage
         self.limits: dict[Split, int | None] = {"train": limit_train, "val": limit_val}
-        self.streaming, self.shuffle_buffer = streaming, shuffle_buffer
+        self.streaming, self.shuffle_buffer, self.stream_shares = streaming, shuffle_buffer, stream_shares
         self.keep_columns = list(keep_columns or [])
 
     def columns(self) -> dict[str, str]:
@@ -277,6 +281,8 @@ class TextData(LitData):
         limit = self.limits.get(split)
         if limit is not None:
             rows = rows.take(limit)
-        training = split == "train"
-        batch_size = self.batch_size if training else self.val_batch_size
-        return StreamedRows(rows, self._encoder(), batch_size, self.shuffle_buffer if training else 0, self.seed)
+        if split == "train":
+            options: dict[str, Any] = {"shuffle_buffer": self.shuffle_buffer, "seed": self.seed}
+            return StreamedRows(rows, self._encoder(), self.batch_size, shares=self.stream_shares, **options)
+        options = {"drop_last": False, "even": self.even}
+        return StreamedBatches(rows, self._encoder(), self.val_batch_size, shares=self.stream_shares, **options)

@@ -1,4 +1,4 @@
-"""Runs of every stage killed at arbitrary moments, and a disk that fills up, through the command line."""
+"""Runs of every method killed at arbitrary moments, and a disk that fills up, through the command line."""
 
 import multiprocessing
 import os
@@ -12,31 +12,57 @@ from pathlib import Path
 import pytest
 import torch
 
+from callbacks.checkpoint_io import DRAFT
 from lit_models.__main__ import main
 
-FORK = multiprocessing.get_context("fork")  # the children start with everything imported
+FORK = multiprocessing.get_context("fork")
+CONFIGS = Path(__file__).parent.parent / "configs"
 EVERY_STEP = """
 trainer:
   callbacks:
     - class_path: lightning.pytorch.callbacks.ModelCheckpoint
       init_args: {dirpath: "${trainer.default_root_dir}/checkpoints", save_last: true, every_n_train_steps: 1}
 """
-EXTRAS = {
-    "sft": "    - {class_path: callbacks.EMA, init_args: {decay: 0.9}}\n",
-    "reward": "",
-    "ppo": "    - {class_path: callbacks.EMA, init_args: {decay: 0.9}}\n"
-    "    - {class_path: callbacks.KLController, init_args: {target: 0.1, horizon: 50}}\n",
+EMA = "    - {class_path: callbacks.EMA, init_args: {decay: 0.9}}\n"
+KL = "    - {class_path: callbacks.KLController, init_args: {target: 0.1, horizon: 50}}\n"
+FEW = ["--data.limit_train=200", "--data.limit_val=40"]
+FEW_PAIRS = ["--data.n_train_pairs=200", "--data.n_test_pairs=40"]
+SMALL = ["--data.batch_size=8", "--data.val_batch_size=8"]
+MA_CD = ["ppo/tiny.yaml", "ppo/method-ma.yaml", "ppo/method-cd.yaml"]
+TINY = """
+model:
+  init_args:
+    backbone:
+      init_args:
+        overrides: {hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2}
+"""
+# Configurations, more YAML (first of all callbacks with a state), and further options of every method.
+METHODS = {
+    "sft": (["sft/tiny.yaml"], EMA, FEW),
+    "reward": (["reward/tiny.yaml"], "", FEW_PAIRS),
+    "ppo": (["ppo/tiny.yaml"], EMA + KL, FEW),
+    "ppo, macro and curious": (MA_CD, "", FEW),
+    "pixel": (["pixel/tiny.yaml"], EMA, FEW),
+    "pixel, masked": (["pixel/mae.yaml"], "", [*FEW, *SMALL]),
+    "pixel, task": (["pixel/task.yaml"], TINY, [*FEW, *SMALL]),
+    "influence": (["influence/tiny.yaml"], EMA, []),
+    "diffusion": (["diffusion/tiny.yaml"], EMA, []),
 }
-STEPS = 12
+KILLS = 10
+STEPS = 32
+PARTS = ["state_dict", "optimizer_states", "lr_schedulers", "ppo", "masked_batches", "waveform", "stopping"]
+PARTS += ["ema_updates", "reward_statistics", "global_step", "epoch"]
 
 
-def command(stage, folder, *more):
+def command(method, folder, *more):
     """A run that saves after every step, with all that has a state of its own."""
+    configs, more_yaml, options = METHODS[method]
     extra = folder / "every_step.yaml"
-    extra.write_text(EVERY_STEP + EXTRAS[stage])
+    extra.write_text(EVERY_STEP + more_yaml)
     quiet = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
-    length = f"--trainer.max_steps={STEPS}"
-    return ["fit", "--config", f"{stage}/tiny.yaml", "--config", str(extra), length, *quiet, *more]
+    length = [f"--trainer.max_steps={STEPS}", "--trainer.val_check_interval=10", "--trainer.limit_val_batches=1"]
+    files = [argument for name in (*configs, str(extra)) for argument in ("--config", name)]
+    return ["fit", *files, *length, *options, *quiet, f"--trainer.default_root_dir={folder}/run", *more]
 
 
 def child(folder, args, limit=None):
@@ -63,13 +89,24 @@ def run(folder, args, limit=None):
     return process.exitcode
 
 
-def kill_later(folder, args, last, draws):
-    """Let a run go on until it has saved something new, then kill it a random moment later; whether it still ran."""
+def kill_later(folder, args, last, delay):
+    """Let a run go on until it has saved something new, then kill it; whether it still ran.
+
+    Args:
+        folder: of the run.
+        args: command.
+        last: newest checkpoint.
+        delay: seconds until then; None to kill it while it writes the next checkpoint.
+    """
     before = last.stat().st_mtime_ns if last.exists() else 0
     process = start(folder, args)
     while process.is_alive() and (not last.exists() or last.stat().st_mtime_ns == before):
-        time.sleep(0.005)
-    time.sleep(draws.uniform(0.0, 0.15))
+        time.sleep(0.002)
+    if delay is None:
+        while process.is_alive() and not any(last.parent.glob(f"{DRAFT}*")):
+            pass
+    else:
+        time.sleep(delay)
     process.kill()
     process.join()
     return process.exitcode == -signal.SIGKILL
@@ -98,28 +135,36 @@ def same_state(one: Path, other: Path, parts):
             assert torch.equal(value, right[path]) if torch.is_tensor(value) else value == right[path], (part, path)
 
 
-@pytest.mark.parametrize("stage", EXTRAS)
-def test_a_run_killed_again_and_again_ends_with_the_same_weights(stage, tmp_path):
+def test_every_method_is_here():
+    named = {name for configs, *_ in METHODS.values() for name in configs}
+    assert {str(path.relative_to(CONFIGS)) for path in CONFIGS.glob("*/tiny.yaml")} <= named
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_killed_again_and_again_ends_with_the_same_weights(method, tmp_path, monkeypatch):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     whole.mkdir()
     killed.mkdir()
-    assert run(whole, command(stage, whole)) == 0, (whole / "stderr.txt").read_text()[-3000:]
-    last = killed / f"{stage}-tiny/checkpoints/last.ckpt"
-    draws = random.Random(0)
-    args = command(stage, killed)
-    kills = kill_later(killed, args, last, draws)
-    resume = [*args, "--ckpt_path=last"]
-    kills += kill_later(killed, resume, last, draws) + kill_later(killed, resume, last, draws)
-    assert kills >= 2, "the runs were too fast to be killed"
-    assert run(killed, resume) == 0, (killed / "stderr.txt").read_text()[-3000:]
-    parts = ["state_dict", "optimizer_states", "lr_schedulers", "ppo", "global_step", "epoch"]
-    same_state(whole / f"{stage}-tiny/checkpoints/last.ckpt", last, parts)
+    monkeypatch.setenv("LIT_RUNS", str(tmp_path))
+    main(command(method, whole))  # in this process, so that those below start with everything imported
+    last = killed / "run/checkpoints/last.ckpt"
+    draws = random.Random(method)
+    args = [*command(method, killed), "--ckpt_path=last"]
+    for kill in range(KILLS):
+        delay = None if kill % 3 == 2 else draws.uniform(0.0, 0.06)
+        assert kill_later(killed, args, last, delay), "the run was too fast to be killed"
+        files = list(last.parent.glob("*.ckpt"))
+        assert last in files
+        for path in files:
+            assert torch.load(path, weights_only=True)["global_step"] >= 1
+    assert run(killed, args) == 0, (killed / "stderr.txt").read_text()[-3000:]
+    same_state(whole / "run/checkpoints/last.ckpt", last, PARTS)
 
 
 def test_a_full_disk_is_one_sentence_and_leaves_the_last_checkpoint(tmp_path):
     args = command("sft", tmp_path)
     assert run(tmp_path, [*args, "--trainer.max_steps=3"]) == 0
-    last = tmp_path / "sft-tiny/checkpoints/last.ckpt"
+    last = tmp_path / "run/checkpoints/last.ckpt"
     assert run(tmp_path, [*args, "--ckpt_path=last"], limit=last.stat().st_size // 2) == 1
     message = (tmp_path / "stderr.txt").read_text().splitlines()[-1]
     assert message.startswith("error: the checkpoint ")

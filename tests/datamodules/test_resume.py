@@ -1,7 +1,6 @@
 """Loaders in real training runs: interrupted at any place, on one and two ranks, with and without workers."""
 
 import json
-from itertools import chain
 
 import pytest
 import torch
@@ -268,29 +267,6 @@ def pretend_ranks(monkeypatch, rank, world):
     monkeypatch.setattr("datamodules.loaders.rank_and_world", lambda: (rank, world))
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
-def test_global_batches_do_not_depend_on_the_ranks(monkeypatch, world):
-    def batches(rank, world):
-        pretend_ranks(monkeypatch, rank, world)
-        loader = train_loader(list(range(21)), 8 // world, seed=3)
-        return [batch.tolist() for batch in loader]
-
-    parts = [batches(rank, world) for rank in range(world)]
-    together = [sorted(chain.from_iterable(batch)) for batch in zip(*parts, strict=True)]
-    assert together == [sorted(batch) for batch in batches(0, 1)]
-    assert len(together) == 2
-
-
-@pytest.mark.parametrize("rows", [1, 3, 5])
-def test_fewer_rows_than_a_batch(monkeypatch, rows):
-    assert [sorted(batch.tolist()) for batch in train_loader(list(range(rows)), 8, 0)] == [list(range(rows))]
-    sizes = []
-    for rank in range(2):
-        pretend_ranks(monkeypatch, rank, 2)
-        sizes.append([len(batch) for batch in train_loader(list(range(rows)), 8, 0)])
-    assert sizes[0] == sizes[1] == [(rows + 1) // 2]
-
-
 @pytest.mark.parametrize("rows", [0, 1, 5, 8])
 def test_evaluation_gives_every_row_once(monkeypatch, rows):
     seen = []
@@ -308,11 +284,11 @@ def test_passes_within_an_epoch_differ_and_an_abandoned_one_is_left():
     second = [batch.tolist() for batch in loader]
     assert first != second
     next(iter(loader))
-    assert loader.state_dict() == {"epoch": 0, "pass": 2, "batches": 1}
+    assert loader.state_dict() == {"epoch": 0, "pass": 2, "batches": 1, "global_batch": 2}
     assert len(list(loader)) == 4
-    assert loader.state_dict() == {"epoch": 0, "pass": 4, "batches": 0}
+    assert loader.state_dict() == {"epoch": 0, "pass": 4, "batches": 0, "global_batch": 2}
     loader.sampler.set_epoch(1)
-    assert loader.state_dict() == {"epoch": 1, "pass": 0, "batches": 0}
+    assert loader.state_dict() == {"epoch": 1, "pass": 0, "batches": 0, "global_batch": 2}
 
 
 def test_state_of_a_loader():

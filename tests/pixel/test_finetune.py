@@ -193,23 +193,6 @@ def test_bfloat16_keeps_losses_and_scores_in_float32(make, quiet_trainer):
     assert all(parameter.dtype == torch.float32 for parameter in module.net.parameters())
 
 
-@pytest.mark.parametrize("kind", ["pixel", "text"])
-def test_two_ranks_equal_one(make, quiet_trainer, kind):
-    adam = partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.1)
-    module, single = make(optimizer=adam, metrics=["accuracy", "mcc", "f1"]), make(optimizer=adam)
-    rows = batch(kind, lengths=(9, 4, 6, 8), tokens=(7, 7, 3, 4))
-    data = [{key: value[row] for key, value in rows.items()} for row in (0, 2, 1, 3)]
-    trainer = quiet_trainer(max_steps=1, devices=2, strategy="ddp_fork", num_sanity_val_steps=0)
-    trainer.fit(module, DataLoader(data, batch_size=2), DataLoader(data, batch_size=2))
-    quiet_trainer(max_steps=1).fit(single, loader([rows]))
-    for name, parameter in single.net.named_parameters():
-        torch.testing.assert_close(module.net.get_parameter(name), parameter, rtol=0, atol=2e-6, msg=name)
-    module.net.eval()
-    assert float(trainer.callback_metrics["val/loss"]) == pytest.approx(float(manual_loss(module.net, rows)), abs=1e-5)
-    right = (module.net(**network_input(rows)).logits.argmax(1) == rows["label"]).float().mean()
-    assert float(trainer.callback_metrics["val/accuracy"]) == pytest.approx(float(right))
-
-
 class Uneven(LightningDataModule):
     """Two sets; the second rank has no row of the second one."""
 

@@ -99,11 +99,13 @@ def test_nothing_to_mask(draw):
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
-def test_batched_masks_have_the_distribution_of_single_ones(spacing):
+@pytest.mark.parametrize("generators", [1, 3000])
+def test_batched_masks_have_the_distribution_of_single_ones(spacing, generators):
     masking = SpanMasking(spacing=spacing)
     rng, size = random.Random(0), 3000
     single = np.stack([span_mask(24, 8, 10, rng, masking) for _ in range(size)])
-    batch = span_masks(24, 8, [10] * size, np.random.default_rng(0), masking)
+    own = np.random.default_rng(0) if generators == 1 else [np.random.default_rng([0, row]) for row in range(size)]
+    batch = span_masks(24, 8, [10] * size, own, masking)
     # Five standard errors of a difference of two shares.
     np.testing.assert_allclose(batch.mean(0), single.mean(0), atol=5 * 0.5 * (2 / size) ** 0.5)
     together = np.array([single[:, :-1] * single[:, 1:], batch[:, :-1] * batch[:, 1:]]).mean(1)
@@ -175,6 +177,15 @@ def test_draws_follow_from_the_numbers_that_name_the_batch():
     for other in [(2, 0, 5, 0), (1, 1, 5, 0), (1, 0, 6, 0), (1, 0, 5, 1)]:
         assert not torch.equal(noise, draw_masks(32, 0.25, [10, 20], other)[1])
     assert draw_masks(32, 0.25, [10, 20], (1,), masking=None)[0] is None
+
+
+def test_masks_of_a_row_depend_on_its_number_alone():
+    text = np.arange(10, 22)
+    whole = draw_masks(64, 0.5, text, (1, 2), SpanMasking(spacing=1))
+    for world in (2, 3, 4):
+        for rank in range(world):
+            part = draw_masks(64, 0.5, text[rank::world], (1, 2), SpanMasking(spacing=1), range(rank, 12, world))
+            assert all(torch.equal(one[rank::world], two) for one, two in zip(whole, part, strict=True))
 
 
 @pytest.mark.parametrize("weights", [(), (0.5, 0.4), (0.0,), (-0.1, 1.0)])

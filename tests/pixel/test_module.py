@@ -248,23 +248,6 @@ def test_accumulated_pairs_keep_the_proportion_of_the_first_batch(module, refere
     assert_same_weights(module, reference)
 
 
-@pytest.mark.parametrize("modes", [["pixel"], ["text"], ["pair"], ["pixel", "text", "pair"]], ids="-".join)
-def test_two_ranks_equal_one(build, quiet_trainer, modes):
-    """Rows of unequal lengths; the ranks hold different numbers of targets."""
-    module, reference = build(), build()
-    halves = [[batch(mode, (9, 8), n, 12), batch(mode, (3, 4), 5 + n, 12)] for n, mode in enumerate(modes)]
-    common = {"max_epochs": 1, "accumulate_grad_batches": len(modes), "num_sanity_val_steps": 0}
-    trainer = quiet_trainer(**common, devices=2, strategy="ddp_fork", use_distributed_sampler=False)
-    trainer.fit(module, loader(ByRank(halves)), loader(ByRank(halves)))
-    single = quiet_trainer(**common)
-    whole = [joined(pair) for pair in halves]
-    single.fit(reference, loader(whole), loader(whole))
-    assert_same_weights(module, reference.net, 1e-5)
-    assert trainer.callback_metrics.keys() == single.callback_metrics.keys()
-    for key, value in single.callback_metrics.items():
-        assert float(trainer.callback_metrics[key]) == pytest.approx(float(value), rel=1e-4, abs=1e-6), key
-
-
 def test_ranks_with_different_modes_agree(build, quiet_trainer):
     """Against the contract of the data, but harmless: gradients are those of both batches."""
     module, reference = build(), build()

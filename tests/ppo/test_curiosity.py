@@ -29,7 +29,7 @@ from lit_models.ppo.curiosity.shaper import feature_spread
 from lit_models.ppo.gate import Gate
 from lit_models.ppo.states import StateRecorder, embed_actions
 from lit_models.tokenization import load_tokenizer
-from tests.ppo.test_module import GlobalBatches, Recorded, assert_equal_weights, loader, trainer, weights
+from tests.ppo.test_module import assert_equal_weights, loader, trainer, weights
 from tests.reference.rlhf.macro_checks import rollout_of
 
 
@@ -319,47 +319,6 @@ def test_mixed_precision_trains(make, tmp_path):
     run = fit(model, tmp_path, precision="bf16-mixed")
     assert torch.isfinite(run.callback_metrics["icm/loss"])
     assert next(model.icm.parameters()).dtype == torch.float32
-
-
-def test_two_processes_equal_one(make, tmp_path):
-    """Equal weights after three updates on the same global batches (gloo)."""
-    results = {}
-    options = {
-        "advantage": MacroGAE("randomized", whiten_advantages=True),
-        "loss": PPOLoss(ratio="macro", value_loss="macro"),
-        # Adam would take a whole step into a gradient of almost 0, whose sign is not reliable.
-        "optimizer": partial(torch.optim.SGD, lr=0.1),
-    }
-    for world in (1, 2):
-        folder = tmp_path / str(world)
-        folder.mkdir()
-        shapers = [KLPenalty(), Curiosity(eta=0.1, whiten="running", lr=1e-3), SentRewards(0.1, 0.1, sample_size=5)]
-        torch.manual_seed(0)
-        model = make(cls=RecordedCurious, shapers=shapers, **options)
-        processes = {"strategy": "ddp_fork", "devices": 2} if world == 2 else {}
-        trainer(str(folder), **processes).fit(model, datamodule=GlobalBatches(8))
-        results[world] = [torch.load(path, weights_only=True) for path in sorted(folder.glob("rank*.pt"))]
-    (one,) = results[1]
-    assert len(results[2]) == 2
-    assert any(name.startswith("icm.") for name in one)
-    for other in results[2]:
-        for name, value in one.items():
-            torch.testing.assert_close(value, other[name], atol=1e-5, rtol=1e-5)
-
-
-class RecordedCurious(Recorded):
-    """Writes the weights of the curiosity module too."""
-
-    def on_fit_start(self):
-        super().on_fit_start()
-        generator = torch.Generator().manual_seed(11)
-        for parameter in self.icm.parameters():
-            parameter.data.normal_(std=0.3, generator=generator)
-
-    def on_train_end(self):
-        state = weights(self.actor) | weights(self.critic)
-        state |= {f"icm.{name}": value for name, value in weights(self.icm).items()}
-        torch.save(state, self.trainer.default_root_dir + f"/rank{self.global_rank}.pt")
 
 
 # -- Sent-Rewards ------------------------------------------------------------------------------------------------------

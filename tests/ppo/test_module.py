@@ -1,6 +1,5 @@
 """LitPPO under the Trainer: updates, resume, checkpoints, processes."""
 
-import copy
 from functools import partial
 
 import lightning as L
@@ -339,34 +338,6 @@ class GlobalBatches(L.LightningDataModule):
     def train_dataloader(self):
         world, rank = self.trainer.world_size, self.trainer.global_rank
         return loader(self.size // world, world, rank)
-
-
-class Recorded(LitPPO):
-    """Writes its weights when training ends, since the parent process sees only rank 0's."""
-
-    def on_train_end(self):
-        torch.save(
-            weights(self.actor) | weights(self.critic), self.trainer.default_root_dir + f"/rank{self.global_rank}.pt"
-        )
-
-
-def test_two_processes_equal_one(tiny_lm, tiny_reward, tiny_tokenizer, tmp_path):
-    """Equal weights after three updates on the same global batches (gloo)."""
-    results = {}
-    for world in (1, 2):
-        folder = tmp_path / str(world)
-        folder.mkdir()
-        plain = module(tiny_lm, tiny_reward, tiny_tokenizer)
-        torch.manual_seed(0)
-        model = Recorded(**{name: copy.copy(value) for name, value in plain.hparams.items()})
-        options = {"strategy": "ddp_fork", "devices": 2} if world == 2 else {}
-        trainer(str(folder), **options).fit(model, datamodule=GlobalBatches(8))
-        results[world] = [torch.load(path, weights_only=True) for path in sorted(folder.glob("rank*.pt"))]
-    (one,) = results[1]
-    assert len(results[2]) == 2
-    for other in results[2]:
-        for name in one:
-            torch.testing.assert_close(one[name], other[name], atol=1e-5, rtol=1e-5)
 
 
 def test_average_of_the_actor_is_saved_loaded_and_exported(make, tmp_path):

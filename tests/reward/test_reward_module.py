@@ -113,46 +113,6 @@ def test_fresh_scorer_has_no_statistics_until_it_is_validated(tiny_tokenizer, ll
     assert not hasattr(loaded.net.model.config, "reward_mean")
 
 
-def test_two_ranks_equal_one(module, quiet_trainer):
-    one = [pairs(1, seed=seed) for seed in range(4)]  # rank r takes batches r, r+2
-    (alone,) = quiet_trainer().validate(copy.deepcopy(module), loader(one), verbose=False)
-
-    def collate(items):
-        return items[0]
-
-    trainer = quiet_trainer(devices=2, strategy="ddp_fork")
-    (metrics,) = trainer.validate(module, DataLoader(one, batch_size=1, collate_fn=collate), verbose=False)
-    assert metrics == pytest.approx(alone, abs=1e-6)
-
-
-def test_ranks_may_have_different_numbers_of_batches(module, quiet_trainer):
-    batches = [pairs(2, seed=seed) for seed in range(3)]
-
-    class Share(torch.utils.data.DistributedSampler):
-        """Batches 0 and 2 on rank 0, batch 1 on rank 1."""
-
-        def __init__(self):
-            self.epoch = 0
-
-        def __iter__(self):
-            return iter(range(torch.distributed.get_rank(), 3, 2))
-
-        def __len__(self):
-            return len(range(torch.distributed.get_rank(), 3, 2))
-
-        def set_epoch(self, epoch):
-            pass
-
-    data = DataLoader(batches, batch_size=None, sampler=Share())
-    train = DataLoader([pairs(2)] * 2, batch_size=None)
-    module.optimizer = partial(torch.optim.SGD, lr=0.0)
-    trainer = quiet_trainer(max_steps=1, devices=2, strategy="ddp_fork", num_sanity_val_steps=0)
-    trainer.fit(module, train, data)
-    expected, _ = expected_metrics(module.net.model, batches)
-    for name in METRICS:
-        assert float(trainer.callback_metrics[f"val/{name}"]) == pytest.approx(float(expected[name]), abs=1e-5)
-
-
 def test_training_step_is_the_bradley_terry_gradient(module, quiet_trainer):
     rows = pairs(3) | {"margin": torch.tensor([0.0, 0.5, 1.0])}
     reference = copy.deepcopy(module.net.model)

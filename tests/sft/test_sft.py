@@ -113,23 +113,6 @@ def test_clipping_sees_the_rescaled_gradient(module, reference, quiet_trainer):
         torch.testing.assert_close(module.net.get_parameter(name), parameter, rtol=0, atol=1e-6, msg=name)
 
 
-def test_two_ranks_equal_one(module, reference, quiet_trainer):
-    halves = [batch([9, 8], seed=0, width=9), batch([3, 4], seed=1, width=9)]
-    rows = joined(halves)
-    data = [{key: value[row] for key, value in rows.items()} for row in (0, 2, 1, 3)]  # rank r takes rows r, r+2
-    trainer = quiet_trainer(max_steps=1, devices=2, strategy="ddp_fork", num_sanity_val_steps=0)
-    trainer.fit(module, DataLoader(data, batch_size=2), DataLoader(data, batch_size=2))
-    expected_loss = manual_loss(reference, rows)
-    expected_loss.backward()
-    assert float(trainer.callback_metrics["train/loss"]) == pytest.approx(float(expected_loss), abs=1e-5)
-    SGD(reference.parameters()).step()
-    for name, parameter in reference.named_parameters():
-        torch.testing.assert_close(module.net.get_parameter(name), parameter, rtol=0, atol=1e-6, msg=name)
-    after = float(manual_loss(module.net.eval(), rows))
-    assert float(trainer.callback_metrics["val/loss"]) == pytest.approx(after, abs=1e-5)
-    assert float(trainer.callback_metrics["val/perplexity"]) == pytest.approx(math.exp(after), rel=1e-5)
-
-
 @pytest.mark.parametrize("stage", ["validate", "test"])
 def test_evaluation_weighs_tokens_not_batches(module, quiet_trainer, stage):
     batches = [batch([12, 11], seed=0, width=12), batch([3], seed=1, width=12)]
