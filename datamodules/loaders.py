@@ -1,13 +1,17 @@
 """Loaders that continue where a checkpoint left them, on any number of ranks and workers."""
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from itertools import chain, pairwise, repeat
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
+from lightning.fabric.utilities.seed import pl_worker_init_function
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, Sampler, default_collate
+
+from lit_models.signals import shield_worker
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -249,10 +253,26 @@ def until_one_ends(batches: Iterable[Any], group: Any) -> Iterator[Any]:  # noqa
         yield batch
 
 
+def init_worker(worker_id: int) -> None:
+    """Begin a worker process: no scheduler's signal ends it before its parent, and it has random streams of its own.
+
+    Args:
+        worker_id: its number.
+    """
+    shield_worker(worker_id)
+    if os.environ.get("PL_SEED_WORKERS") == "1":  # the trainer does so by itself only where there is no such function
+        pl_worker_init_function(worker_id)
+
+
 class _Loader(DataLoader[Any]):
     """DataLoader of streams too of which ranks may hold different numbers of batches."""
 
     _group: Any = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+        super().__init__(*args, **kwargs)
+        if self.worker_init_fn is None:
+            self.worker_init_fn = init_worker
 
     def _batches(self) -> Iterator[Any]:
         batches: Iterator[Any] = super().__iter__()

@@ -34,7 +34,8 @@ model:
   init_args:
     backbone:
       init_args:
-        overrides: {hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2}
+        overrides: {image_size: [16, 1024], num_channels: 1, vocab_size: 1000, hidden_size: 32, intermediate_size: 64,
+          num_hidden_layers: 2, num_attention_heads: 4, num_key_value_heads: 2, pad_token_id: 0}
 """
 # Configurations, more YAML (first of all callbacks with a state), and further options of every method.
 METHODS = {

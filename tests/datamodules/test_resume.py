@@ -260,6 +260,20 @@ def test_two_ranks(write, words, tmp_path, uninterrupted):
         assert [left[0], right[0], left[1], right[1]] == expected
 
 
+def test_another_number_of_ranks_goes_on_with_the_same_global_batches(write, words, tmp_path, uninterrupted):
+    path = write(ROWS)
+
+    def data(batch_size):
+        return PromptData(path, words, keep_columns=["number"], batch_size=batch_size)
+
+    seen = run(data(4), tmp_path, save=tmp_path / "a.ckpt", max_steps=3)
+    ranks = two_ranks(data(2), tmp_path, tmp_path / "a.ckpt", tmp_path / "b.ckpt", max_steps=8)
+    for (epoch, left), (_, right) in zip(*(rows for rows, _ in ranks), strict=True):
+        seen.append((epoch, [left[0], right[0], left[1], right[1]]))
+    seen += run(data(4), tmp_path, ckpt_path=tmp_path / "b.ckpt", max_steps=14)
+    assert seen == uninterrupted
+
+
 # without a trainer
 
 
