@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 import callbacks
 from datamodules import FolkWave
@@ -252,7 +253,7 @@ def overfit(seed: int, steps: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         word_tokenizer([row["text"]], min_count=1).save_pretrained(folder)
         model = module(Path(folder), steps, adaln=True, p_uncond=0.0)
-        losses, seconds = fit(model, [batch] * steps, steps, [])
+        losses, seconds = fit(model, DataLoader([batch] * steps, batch_size=None), steps, [])
     pipeline = model.pipeline()
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(seed)

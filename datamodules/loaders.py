@@ -233,7 +233,7 @@ class ByBatch(Dataset[list[Any]]):
         return [self.dataset[row] for row in rows]
 
 
-def until_one_ends(batches: Iterable[Any], group: Any) -> Iterator[Any]:  # noqa: ANN401
+def until_one_ends(batches: Iterable[Any], group: Any, needed: bool) -> Iterator[Any]:  # noqa: ANN401
     """Batches of this rank, until the first rank has none left.
 
     Ranks that read a stream each by itself cannot know how much the others have. All must iterate at the same time.
@@ -241,13 +241,22 @@ def until_one_ends(batches: Iterable[Any], group: Any) -> Iterator[Any]:  # noqa
     Args:
         batches: of this rank.
         group: process group in which they agree; one on the CPU does not wait for the GPU.
+        needed: whether there must be any.
 
     Yields:
         The batches.
+
+    Raises:
+        ValueError: if a rank has none at all although some are needed.
     """
-    for batch in chain(batches, repeat(None)):
+    for number, batch in enumerate(chain(batches, repeat(None))):
         left = torch.tensor(int(batch is not None))
         torch.distributed.all_reduce(left, torch.distributed.ReduceOp.MIN, group)
+        if not left and needed and number == 0:
+            raise ValueError(
+                "data.stream_shares: of the files, or of every so manieth row, one of the processes has not a single "
+                "batch, so that nothing would be done; set it to batches, or divide the data into more files"
+            )
         if not left:
             return
         yield batch
@@ -274,13 +283,14 @@ class _Loader(DataLoader[Any]):
         if self.worker_init_fn is None:
             self.worker_init_fn = init_worker
 
-    def _batches(self) -> Iterator[Any]:
+    def _batches(self, first: int = 0) -> Iterator[Any]:
+        """Batches from a place in a pass on."""
         batches: Iterator[Any] = super().__iter__()
         if not getattr(self.dataset, "unequal", False):
             return batches
         if self._group is None:
             self._group = torch.distributed.new_group(backend="gloo")
-        return until_one_ends(batches, self._group)
+        return until_one_ends(batches, self._group, needed=first == 0)
 
 
 class ResumableLoader(_Loader):
@@ -312,7 +322,7 @@ class ResumableLoader(_Loader):
         position = self.position
         if position is not None:
             position.begin()
-        for batch in self._batches():
+        for batch in self._batches(0 if position is None else position.batches):
             self.yielded += 1
             if position is not None:
                 position.batches += 1

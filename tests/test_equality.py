@@ -4,6 +4,8 @@ Every case trains for three updates and then evaluates rows that two processes c
 of which the second process has none.
 """
 
+import copy
+import itertools
 from functools import partial
 
 import pytest
@@ -269,6 +271,48 @@ def test_sharded_processes_evaluate_rows_that_cannot_be_divided(case, tmp_path):
     alone, _ = fit(case, tmp_path, rows=5)
     for seen, _ in together(lambda rank: fit(case, tmp_path, 2, sharded=True, rows=5), tmp_path, seconds=60):
         assert_same(alone, seen)
+
+
+def predict(case, folder, world=1, sharded=False):
+    """Predictions of this process for five rows, by the name of a value."""
+    make_model, make_data, *_ = CASES[case]
+    data = make_data(5, batch_size=GLOBAL // world, val_batch_size=4 // world)
+    data.setup("predict")
+    whole = data.datasets["predict"]
+    data.datasets["predict"] = few_of(whole)
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=world,
+        strategy=FullyShardStrategy() if sharded else "ddp" if world > 1 else "auto",
+        default_root_dir=folder,
+        logger=False,
+        enable_progress_bar=False,
+    )
+    torch.manual_seed(0)
+    batches = trainer.predict(make_model(world), datamodule=data)
+    name = {"sft": "nll", "mae": "loss", "pixel task": "probability", "reward": "chosen"}[case]
+    return [value for batch in batches for value in batch[name].tolist()]
+
+
+def few_of(rows):
+    """The first five rows of a data set."""
+    if isinstance(rows, list):
+        return rows[:5]
+    small = copy.copy(rows)
+    for name in ("starts", "labels"):
+        if hasattr(small, name):
+            setattr(small, name, getattr(small, name)[: 6 if name == "starts" else 5])
+    return small
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp2"])
+@pytest.mark.parametrize("case", ["sft", "reward", "mae", "pixel task"])
+def test_every_row_is_predicted_once(case, sharded, tmp_path):
+    alone = predict(case, tmp_path)
+    ranks = together(lambda rank: predict(case, tmp_path, 2, sharded), tmp_path, seconds=60)
+    assert [len(values) for values in ranks] == [3, 2]
+    merged = [value for pair in itertools.zip_longest(*ranks) for value in pair if value is not None]
+    assert merged == pytest.approx(alone, abs=TOLERANCE)
 
 
 def test_ppo_refuses_prompts_that_cannot_be_divided(tmp_path):

@@ -90,6 +90,11 @@ def run(folder, args, limit=None):
     return process.exitcode
 
 
+def saved(path):
+    """When a file was written; 0 if it is not there."""
+    return path.stat().st_mtime_ns if path.exists() else 0
+
+
 def kill_later(folder, args, last, delay):
     """Let a run go on until it has saved something new, then kill it; whether it still ran.
 
@@ -97,17 +102,19 @@ def kill_later(folder, args, last, delay):
         folder: of the run.
         args: command.
         last: newest checkpoint.
-        delay: seconds until then; None to kill it while it writes the next checkpoint.
+        delay: seconds until then, or shorter if it saves once more before; None to kill it while it writes the next
+            checkpoint.
     """
-    before = last.stat().st_mtime_ns if last.exists() else 0
+    before = saved(last)
     process = start(folder, args)
-    while process.is_alive() and (not last.exists() or last.stat().st_mtime_ns == before):
+    while process.is_alive() and saved(last) == before:
         time.sleep(0.002)
+    first, end = saved(last), time.monotonic() + (delay or 0.0)
     if delay is None:
         while process.is_alive() and not any(last.parent.glob(f"{DRAFT}*")):
             pass
-    else:
-        time.sleep(delay)
+    while saved(last) == first and time.monotonic() < end:
+        time.sleep(0.001)
     process.kill()
     process.join()
     return process.exitcode == -signal.SIGKILL

@@ -429,6 +429,20 @@ def test_streams_by_source_end_together(write, words, tmp_path, workers, files):
         assert len(set(seen)) == len(seen) == 16
 
 
+def test_a_rank_without_a_batch_of_its_source(write, words, tmp_path):
+    """Three rows, of which the second rank has one; together they would be a batch."""
+    path = write([{"prompt": "a", "number": number} for number in range(3)])
+    options = {"keep_columns": ["number"], "streaming": True, "stream_shares": "sources", "batch_size": 2}
+
+    def refused(path, words):
+        with pytest.raises(ValueError, match=r"^data\.stream_shares: .* one of the processes has not a single batch"):
+            passes(path, words, 1, **options)
+        return passes(path, words, 1, **options | {"stream_shares": "batches", "batch_size": 1})
+
+    (first,), (second,) = in_two_processes(refused, tmp_path, path, words)
+    assert len(first) == len(second) == 1
+
+
 # -- corners -----------------------------------------------------------------------------------------------------------
 
 

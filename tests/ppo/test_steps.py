@@ -202,3 +202,39 @@ def test_decoded_texts_hold_no_special_tokens(parts):
 def test_options_out_of_range_are_named(make, key):
     with pytest.raises(ValueError, match=key):
         make()
+
+
+class Rows(SimpleNamespace):
+    """What a rollout knows of its rows."""
+
+    def __len__(self):
+        return self.noise.total // self.noise.world_size * self.noise.samples
+
+
+@pytest.mark.parametrize(
+    ("prompts", "samples", "size", "sizes"),
+    [(12, 1, 4, [4] * 3), (12, 2, 8, [8] * 3), (12, 3, 12, [12] * 3), (24, 2, 36, [36, 12]), (12, 1, 12, [12])],
+)
+def test_minibatches_do_not_depend_on_the_number_of_processes(prompts, samples, size, sizes):
+    """All processes together take the rows that one process would take, as many each, and others in every epoch."""
+
+    def minibatches(rank, world):
+        rollout = Rows(noise=RowNoise(0, 0, prompts, samples, rank, world))
+        generator = torch.Generator().manual_seed(3)
+        epochs = [steps.shuffled(rollout, size // world, generator) for _ in range(2)]
+        assert all(sorted(torch.cat(epoch).tolist()) == list(range(len(rollout))) for epoch in epochs)
+        return [[[named(row, rank, world) for row in index.tolist()] for index in epoch] for epoch in epochs]
+
+    def named(row, rank, world):
+        """Prompt and response of a row."""
+        return row // samples * world + rank, row % samples
+
+    alone = minibatches(0, 1)
+    assert [len(rows) for rows in alone[0]] == sizes
+    assert (alone[0] == alone[1]) == (len(sizes) == 1)
+    for world in (2, 4):
+        ranks = [minibatches(rank, world) for rank in range(world)]
+        for epoch, *parts in zip(alone, *ranks, strict=True):
+            for rows, *own in zip(epoch, *parts, strict=True):
+                assert sorted(rows) == sorted(row for part in own for row in part)
+                assert len({len(part) for part in own}) == 1
