@@ -25,6 +25,13 @@ TEXTS = [
 VOCABULARY = 300
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
+    """Forget the seed of an earlier run, which Lightning keeps for the processes that later runs start."""
+    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
+        os.environ.pop(name, None)
+
+
 @pytest.fixture(scope="session")
 def tiny_tokenizer(tmp_path_factory):
     """Folder with a byte-level BPE of 300 tokens: <pad> 0, <bos> 1, <eos> 2; it adds none of them by itself."""
