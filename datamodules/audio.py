@@ -1,7 +1,6 @@
 """Sound files with texts: folders, tables and hub data sets, read in windows while training runs."""
 
 import math
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -40,6 +39,7 @@ from datamodules.clips import (
 from datamodules.formats import lookup
 from datamodules.loaders import rank_and_world
 from datamodules.sources import chunks, load_rows, require_columns
+from lit_models._ranks import warn
 
 if TYPE_CHECKING:
     import datasets
@@ -311,7 +311,7 @@ class AudioClips(Dataset[dict[str, Any]]):
         self._failures[slot] += 1
         number = int(self._failures[slot])
         if number & (number - 1) == 0:  # the 1st, 2nd, 4th, 8th ...: always told, and never in thousands of lines
-            warnings.warn(
+            warn(
                 f"data.path: another sound took the place of an unusable one, {self.failures} times so far; the last "
                 f"one is {error}",
                 stacklevel=2,

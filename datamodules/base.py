@@ -10,6 +10,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 
 from datamodules.loaders import ResumableLoader, evaluation_loader, train_loader
+from datamodules.positions import TrainerProgress
 
 Split: TypeAlias = Literal["train", "val", "test", "predict"]
 Collator: TypeAlias = Callable[[list[Any]], dict[str, Any]]
@@ -85,11 +86,8 @@ class LitData(LightningDataModule):
 
     def train_dataloader(self) -> ResumableLoader:
         """Loader of the training rows."""
-        loader = train_loader(
-            self._dataset("train"), self.batch_size, self.seed, collate_fn=self.collator(), num_workers=self.num_workers
-        )
-        loader.taken = self._taken_counter()
-        return loader
+        options: dict[str, Any] = {"collate_fn": self.collator(), "num_workers": self.num_workers}
+        return self._follow(train_loader(self._dataset("train"), self.batch_size, self.seed, **options))
 
     def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
         """Loader of the validation rows; none while fitting without a validation split."""
@@ -117,13 +115,8 @@ class LitData(LightningDataModule):
             raise ValueError(f"{key}: this data module has no rows for {split}; set it to the split to use")
         return self.datasets[split]
 
-    def _taken_counter(self) -> Callable[[], int] | None:
-        """Counter of the batches that the trainer has taken from now on.
-
-        The trainer fetches one batch ahead where a loader has no length; that one is not yet part of its state.
-        """
-        if self.trainer is None:
-            return None
-        progress = self.trainer.fit_loop.epoch_loop.batch_progress
-        before = progress.total.ready
-        return lambda: progress.total.ready - before
+    def _follow(self, loader: ResumableLoader) -> ResumableLoader:
+        """Let the position of a loader be that of the batches which the trainer has taken."""
+        if self.trainer is not None and loader.position is not None:
+            loader.position.follow(TrainerProgress(self.trainer))
+        return loader

@@ -157,8 +157,7 @@ class ClipData(LitData):
             persistent_workers=self.num_workers > 0,
             generator=torch.Generator().manual_seed(self.seed),  # not the global one
         )
-        loader.taken = self._taken_counter()
-        return loader
+        return self._follow(loader)
 
 
 def check_least(*numbers: tuple[str, float | None, float]) -> None:

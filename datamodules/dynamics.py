@@ -419,8 +419,7 @@ class DynamicsData(LitData):
         size = -(-len(rows) // rank_and_world()[1])
         options = {"collate_fn": self.collator(), "num_workers": self.num_workers}
         loader = train_loader(rows, size, self.seed, shuffle=False, **options)
-        loader.taken = self._taken_counter()
-        return loader
+        return self._follow(loader)
 
     @property
     def even(self) -> bool:

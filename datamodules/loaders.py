@@ -1,16 +1,16 @@
 """Loaders that continue where a checkpoint left them, on any number of ranks and workers."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from itertools import chain, pairwise, repeat
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 import torch
 from lightning.fabric.utilities.seed import pl_worker_init_function
-from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, Sampler, default_collate
 
+from datamodules.positions import Position, Positioned
 from lit_models.signals import shield_worker
 
 
@@ -19,66 +19,6 @@ def rank_and_world() -> tuple[int, int]:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
     return 0, 1
-
-
-class Position:
-    """Place in a stream of batches that is passed through again and again.
-
-    Args:
-        global_batch: rows of a batch on all ranks together.
-
-    Attributes:
-        epoch: epoch of the trainer.
-        pass_: passes through the data that were begun before the present one in this epoch.
-        batches: batches of the present pass that were yielded on this rank.
-    """
-
-    def __init__(self, global_batch: int = 1) -> None:
-        self.global_batch = global_batch
-        self.epoch = self.pass_ = self.batches = 0
-        self._restored = False
-
-    def set_epoch(self, epoch: int) -> None:
-        """Go to the beginning of another epoch; does nothing within the present one."""
-        if epoch != self.epoch:
-            self.epoch, self.pass_, self.batches, self._restored = epoch, 0, 0, False
-
-    def begin(self) -> None:
-        """Start to iterate: at the restored place, or else with a new pass if the last one was left half-way."""
-        if self.batches and not self._restored:
-            self.finish()
-        self._restored = False
-
-    def finish(self) -> None:
-        """Leave the present pass."""
-        self.pass_, self.batches = self.pass_ + 1, 0
-
-    def restore(self, state: dict[str, int]) -> None:
-        """Go to a stored place.
-
-        Args:
-            state: `epoch`, `pass`, `batches`, and `global_batch` at that time.
-
-        Warns:
-            UserWarning: if the global batch has another size now, since the batches are then others.
-        """
-        self.epoch, self.pass_, self.batches = state["epoch"], state["pass"], state["batches"]
-        self._restored = True
-        stored = state.get("global_batch", self.global_batch)
-        if stored != self.global_batch and self.batches:
-            self.batches, again = divmod(self.batches * stored, self.global_batch)
-            rank_zero_warn(
-                f"data.batch_size: the checkpoint was written with {stored} rows per batch on all processes together, "
-                f"and now there are {self.global_batch}; training goes on at the same row of the data"
-                + (f", with {again} rows seen twice" if again else "")
-            )
-
-
-@runtime_checkable
-class Positioned(Protocol):
-    """Sampler or iterable data set that starts at `position`."""
-
-    position: Position
 
 
 class ResumableSampler(DistributedSampler[Any]):
@@ -110,7 +50,7 @@ class ResumableSampler(DistributedSampler[Any]):
                 f"data: {self.rows} training rows cannot be divided among {self.num_replicas} processes; give more "
                 f"rows, or set trainer.devices and trainer.num_nodes to {self.rows} processes at most"
             )
-        self.position = Position(batch_size * self.num_replicas)
+        self.position = Position(batch_size * self.num_replicas, self.rows, seed)
         self.used = self.rows // self.position.global_batch * self.position.global_batch or self.rows
 
     def __len__(self) -> int:
@@ -300,12 +240,6 @@ class ResumableLoader(_Loader):
     never see it change). The number of workers may change between saving and resuming.
     """
 
-    taken: Callable[[], int] | None = None
-    """Batches that the consumer has taken since this loader was made; None if it takes each one when it is yielded."""
-
-    yielded: int = 0
-    """Batches yielded since this loader was made."""
-
     @property
     def position(self) -> Position | None:
         """Place in the data, or None for samplers without one (e.g. when the trainer overfits on a few batches)."""
@@ -323,27 +257,17 @@ class ResumableLoader(_Loader):
         if position is not None:
             position.begin()
         for batch in self._batches(0 if position is None else position.batches):
-            self.yielded += 1
             if position is not None:
-                position.batches += 1
+                position.advance()
             yield batch
         if position is not None:
             position.finish()
 
-    def state_dict(self) -> dict[str, int]:
-        """Epoch, pass and number of batches that were taken in it, and the rows of a batch on all ranks."""
-        position = self.position
-        if position is None:
-            return {}
-        waiting = 0 if self.taken is None else self.yielded - self.taken()
-        return {
-            "epoch": position.epoch,
-            "pass": position.pass_,
-            "batches": position.batches - waiting,
-            "global_batch": position.global_batch,
-        }
+    def state_dict(self) -> dict[str, int | None]:
+        """Place in the data; see `datamodules.positions.Position`."""
+        return {} if self.position is None else self.position.state_dict()
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue at a stored place."""
         if state and self.position is not None:
             self.position.restore(state)

@@ -41,9 +41,11 @@ class PromptsWithText(LightningDataModule):
 
     def train_dataloader(self) -> CombinedLoader:
         """Both loaders side by side."""
-        return CombinedLoader(
-            {"prompt": self.prompts.train_dataloader(), "ptx": self.ptx.train_dataloader()}, "max_size_cycle"
-        )
+        loaders = {"prompt": self.prompts.train_dataloader(), "ptx": self.ptx.train_dataloader()}
+        shorter = min(loaders.values(), key=len).position
+        assert shorter is not None
+        shorter.leads = False
+        return CombinedLoader(loaders, "max_size_cycle")
 
     def val_dataloader(self) -> Any:  # noqa: ANN401
         """Loader of the validation prompts."""

@@ -656,8 +656,7 @@ class PixelTexts(PixelData):
                 persistent_workers=self.num_workers > 0,
                 **options,
             )
-        loader.taken = self._taken_counter()
-        return loader
+        return self._follow(loader)
 
     def evaluation_loader(self, dataset: Any) -> DataLoader[Any]:  # noqa: ANN401
         """Loader of whole batches of one mode.

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
-from datamodules.loaders import Position, even_bounds, rank_and_world
+from datamodules.loaders import even_bounds, rank_and_world
+from datamodules.positions import Position
 from datamodules.sources import chunks
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class StreamedRows(IterableDataset[dict[str, Any]]):
         self.shuffle_buffer, self.seed = shuffle_buffer, seed
         self.shares, self.drop_last, self.even = shares, drop_last, even
         self.rank, self.world = rank_and_world()
-        self.position = Position(batch_size * self.world)
+        self.position = Position(batch_size * self.world, seed=seed)
 
     @property
     def unequal(self) -> bool:

@@ -34,3 +34,11 @@ def test_a_resumed_run_keeps_the_interval(tmp_path):
     trainer(tmp_path, callbacks=[saver], enable_checkpointing=True).fit(Tiny())
     resumed = exports(tmp_path, ExportPretrained(every_n_steps=4), ckpt_path=tmp_path / "seven.ckpt")
     assert [step for step, _ in resumed] == [8, 12, 12]
+
+
+def test_a_run_killed_after_its_last_step_exports_when_it_resumes(tmp_path):
+    saver = ModelCheckpoint(tmp_path, filename="last", every_n_train_steps=12)
+    trainer(tmp_path, callbacks=[saver], enable_checkpointing=True, max_steps=12).fit(Tiny())
+    assert exports(tmp_path, ExportPretrained(), ckpt_path=tmp_path / "last.ckpt", max_steps=12) == [
+        (12, tmp_path / "export")
+    ]

@@ -10,12 +10,12 @@ from torch.utils.data import DataLoader
 from datamodules import InstructionData, PromptData, PromptsWithText
 from datamodules.loaders import (
     EvaluationSampler,
-    Position,
     ResumableLoader,
     ResumableSampler,
     evaluation_loader,
     train_loader,
 )
+from datamodules.positions import Position
 
 ROWS = [{"prompt": "abcdefghij"[number % 10], "number": number} for number in range(23)]
 
@@ -28,9 +28,11 @@ class Recorder(LightningModule):
         self.weight = torch.nn.Parameter(torch.zeros(()))
         self.seen = []
         self.evaluated = []
+        self.places = []
 
     def training_step(self, batch, batch_idx):
         prompts = batch.get("prompt", batch)
+        self.places.append((self.current_epoch, batch_idx, self.trainer.global_step))
         self.seen.append((self.current_epoch, prompts["columns"]["number"], *ptx(batch)))
         return self.weight * 0
 
@@ -56,7 +58,7 @@ def ptx(batch):
     return [batch["ptx"]["input_ids"].tolist()] if "ptx" in batch else []
 
 
-def run(data, folder, ckpt_path=None, save=None, **options):
+def run(data, folder, ckpt_path=None, save=None, model=None, **options):
     trainer = Trainer(
         accelerator="cpu",
         logger=False,
@@ -68,7 +70,7 @@ def run(data, folder, ckpt_path=None, save=None, **options):
         callbacks=[] if save is None else [SaveAtTheEnd(save)],
         **options,
     )
-    model = Recorder()
+    model = model or Recorder()
     trainer.fit(model, datamodule=data, ckpt_path=ckpt_path)
     return model.seen
 
@@ -111,6 +113,17 @@ def test_second_interruption(make, tmp_path, uninterrupted):
     seen = run(make(), tmp_path, save=tmp_path / "a.ckpt", max_steps=2)
     seen += run(make(), tmp_path, ckpt_path=tmp_path / "a.ckpt", save=tmp_path / "b.ckpt", max_steps=8)
     seen += run(make(), tmp_path, ckpt_path=tmp_path / "b.ckpt", max_steps=14)
+    assert seen == uninterrupted
+
+
+def test_interruptions_at_the_ends_of_two_epochs(make, tmp_path, uninterrupted):
+    """With a validation in between, after which the trainer alone would go through the second epoch twice."""
+    validates = {"val_check_interval": 2, "check_val_every_n_epoch": 1}
+    seen, ckpt_path = [], None
+    for number, stop in enumerate((5, 10, 14)):
+        path = tmp_path / f"{number}.ckpt"
+        seen += run(make(val_split="train[:3]"), tmp_path, ckpt_path=ckpt_path, save=path, max_steps=stop, **validates)
+        ckpt_path = path
     assert seen == uninterrupted
 
 
@@ -159,6 +172,60 @@ def test_streams_continue(make, tmp_path, workers, options):
             make(streaming=True, shuffle_buffer=7), tmp_path, ckpt_path=tmp_path / "a.ckpt", max_steps=14, **options
         )
         assert first + rest == whole
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"accumulate_grad_batches": 2},
+        {"limit_train_batches": 3},
+        {"reload_dataloaders_every_n_epochs": 1},
+        {"reload_dataloaders_every_n_epochs": 1, "limit_train_batches": 2},
+    ],
+    ids=str,
+)
+def test_streams_continue_after_the_last_batch_of_an_epoch(make, tmp_path, options):
+    """The next epoch begins, with its first batch and its own count of them, on which accumulation depends."""
+
+    def stream():
+        return make(streaming=True, shuffle_buffer=7)
+
+    whole = Recorder()
+    run(stream(), tmp_path, max_steps=7, model=whole, **options)
+    ends = [number for number, (_, batch, _) in enumerate(whole.places) if batch == 0 and number]
+    for end in ends[:2]:
+        steps = whole.places[end][-1]
+        run(stream(), tmp_path, save=tmp_path / "a.ckpt", max_steps=steps, **options)
+        rest = Recorder()
+        run(stream(), tmp_path, ckpt_path=tmp_path / "a.ckpt", max_steps=7, model=rest, **options)
+        assert rest.places == whole.places[end:]
+        assert rest.seen == whole.seen[end:]
+
+
+def test_a_second_run_over_a_stream_starts_anew(make, tmp_path):
+    data = make(streaming=True, shuffle_buffer=7)
+    assert run(data, tmp_path, max_steps=3) == run(data, tmp_path, max_steps=3)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(("before", "stop", "after"), [(4, 2, 2), (2, 4, 4)])
+def test_an_epoch_is_completed_in_batches_of_another_size(make, tmp_path, streaming, before, stop, after):
+    """No row of it is lost or seen twice, and what belongs to its end takes place."""
+
+    def data(size):
+        module = make(streaming=streaming, val_split="train[:3]" if not streaming else None)
+        module.batch_size = size
+        return module
+
+    first = run(data(before), tmp_path, save=tmp_path / "a.ckpt", max_steps=stop)
+    rest = Recorder()
+    with pytest.warns(UserWarning, match=r"training goes on at the same row of the data$"):
+        run(data(after), tmp_path, ckpt_path=tmp_path / "a.ckpt", max_steps=stop + 8, model=rest)
+    seen = [row for epoch, rows in first + rest.seen if epoch == 0 for row in rows]
+    assert len(seen) == len(set(seen)) == 23 // after * after
+    assert [batch for epoch, batch, _ in rest.places if epoch == 0] == list(range(8 // after, 23 // after))
+    assert rest.places[len([place for place in rest.places if place[0] == 0])][:2] == (1, 0)
+    assert streaming or rest.evaluated[-3:] == [0, 1, 2]
 
 
 def test_streams_keep_order_and_drop_the_same_rows(write, words):
@@ -292,17 +359,21 @@ def test_evaluation_gives_every_row_once(monkeypatch, rows):
     assert sorted(seen) == list(range(rows))
 
 
+def place(loader):
+    return tuple(loader.state_dict()[key] for key in ("epoch", "pass", "batches"))
+
+
 def test_passes_within_an_epoch_differ_and_an_abandoned_one_is_left():
     loader = train_loader(list(range(8)), 2, seed=0)
     first = [batch.tolist() for batch in loader]
     second = [batch.tolist() for batch in loader]
     assert first != second
     next(iter(loader))
-    assert loader.state_dict() == {"epoch": 0, "pass": 2, "batches": 1, "global_batch": 2}
+    assert place(loader) == (0, 2, 1)
     assert len(list(loader)) == 4
-    assert loader.state_dict() == {"epoch": 0, "pass": 4, "batches": 0, "global_batch": 2}
+    assert place(loader) == (0, 4, 0)
     loader.sampler.set_epoch(1)
-    assert loader.state_dict() == {"epoch": 1, "pass": 0, "batches": 0, "global_batch": 2}
+    assert place(loader) == (1, 0, 0)
 
 
 def test_state_of_a_loader():
@@ -315,6 +386,20 @@ def test_state_of_a_loader():
     other.sampler.set_epoch(3)
     assert len(other) == len(loader) == 5
     assert [batch.tolist() for batch in other] == [batch.tolist() for batch in batches]
+
+
+@pytest.mark.parametrize(
+    ("rows", "seed", "message"),
+    [
+        (12, 0, r"^data: the checkpoint was written with 10 training rows, and now there are 12, so this pass"),
+        (10, 1, r"^data\.seed: the checkpoint was written with 0, and now it is 1, so this pass"),
+    ],
+)
+def test_other_rows_or_another_order_are_told_of(rows, seed, message):
+    before = train_loader(list(range(10)), 2, seed=0)
+    next(iter(before))
+    with pytest.warns(UserWarning, match=message):
+        train_loader(list(range(rows)), 2, seed=seed).load_state_dict(before.state_dict())
 
 
 def test_order_without_shuffling():
