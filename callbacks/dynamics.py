@@ -14,7 +14,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
@@ -24,6 +23,7 @@ from callbacks.recorder.facts import pool_facts, run_facts
 from callbacks.recorder.gradients import ProjectedGradients, features
 from callbacks.recorder.meter import Meter, imported, parse_metrics, undisturbed
 from callbacks.recorder.sources import IdSource
+from lit_models.nn.clipping import total_norm
 from lit_models.recording import RunWriter, read_info, write_features
 
 
@@ -324,8 +324,7 @@ class TrainingDynamicsRecorder(Callback):
         self._rates[number] = [float(group["lr"]) for group in optimizer.param_groups]
         if self.grad_norm:
             every = (parameter.grad for group in optimizer.param_groups for parameter in group["params"])
-            norm = torch.nn.utils.get_total_norm([gradient for gradient in every if gradient is not None])
-            norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+            norm = total_norm(gradient for gradient in every if gradient is not None)
             # Of all optimizers of the step together.
             self._norm = norm if self._norm is None or number == 0 else torch.hypot(self._norm, norm)
 

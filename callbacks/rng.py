@@ -23,8 +23,8 @@ class RandomState:
 
     @classmethod
     def now(cls) -> "RandomState":
-        """The present states of this process."""
-        cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+        """The present states of this process, which uses no GPU for it that it does not use yet."""
+        cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
         return cls(random.getstate(), np.random.get_state(legacy=True), torch.get_rng_state(), cuda)
 
     def restore(self) -> None:
@@ -32,7 +32,7 @@ class RandomState:
         random.setstate(self.python)
         np.random.set_state(self.numpy)
         torch.set_rng_state(self.torch)
-        if self.cuda is not None and torch.cuda.is_available():
+        if self.cuda is not None and torch.cuda.is_initialized():
             torch.cuda.set_rng_state(self.cuda)
 
     def plain(self) -> dict[str, Any]:

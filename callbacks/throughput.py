@@ -6,7 +6,7 @@ import resource
 import sys
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, distributed
 from torch.optim import Optimizer
 
 from callbacks.peaks import Kind, peak_tflops
+from lit_models.nn.clipping import total_norm
 
 Mark = Any
 """A point in time of a clock."""
@@ -335,23 +336,6 @@ class Throughput(Callback):
         return sums
 
 
-def total_norm(gradients: Iterable[Tensor]) -> Tensor:
-    """L2 norm of all gradients together; collective where they are sharded.
-
-    Args:
-        gradients: whole tensors, or shards (`DTensor`) of any meshes.
-
-    Returns:
-        () float32, the same on all processes; 0 without gradients.
-    """
-    by_mesh: dict[Any, list[Tensor]] = defaultdict(list)
-    for gradient in gradients:
-        by_mesh[getattr(gradient, "device_mesh", None)].append(gradient)
-    norms = [torch.nn.utils.get_total_norm(group) for group in by_mesh.values()]
-    whole = [norm.full_tensor() if hasattr(norm, "full_tensor") else norm for norm in norms]
-    return torch.stack([norm.float() for norm in whole]).norm() if whole else torch.zeros(())
-
-
 def _log_every(trainer: Trainer) -> int:
     """Optimizer steps between two rows; 0 for no rows."""
     return int(trainer.log_every_n_steps)  # type: ignore[attr-defined]
@@ -385,6 +369,8 @@ def compute_kind(trainer: Trainer, pl_module: LightningModule) -> Kind:
         return "bfloat16"
     if dtype is torch.float16:
         return "float16"
+    if dtype is torch.float64:
+        return "float64"
     return "float32" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 from torch.nn.parallel import DistributedDataParallel
@@ -21,15 +23,19 @@ from torch.optim import Optimizer
 
 from lit_models.backbones import has_adapters
 from lit_models.nn.averaging import EMASchedule, EMAWarmup, ema_
+from lit_models.nn.clipping import clip_gradients
 from lit_models.nn.groups import GroupOptions as GroupOptions
 from lit_models.nn.meta import build_once, whole_weights, without_weights
-from lit_models.nn.sharding import Sharding, free_gathered, gathered, has_shards, is_sharded, shard
+from lit_models.nn.sharding import Sharding, free_gathered, gathered, has_shards, is_sharded, keep_weights_in, shard
+from lit_models.precision import give_back, take_over, weight_type
 from lit_models.shards import merge_shards
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 T = TypeVar("T")
+HANDED_BACK = "_rest_of_checkpoint"
+"""Key under which the state of a forked process has what else the process that waits for it needs to know."""
 
 
 class CheckpointMismatchError(ValueError):
@@ -63,13 +69,37 @@ class LitBase(LightningModule):
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.sharding = sharding or Sharding()
-        self._placed: list[tuple[nn.Module, Sharding]] = []  # networks, and the options to shard them by
+        # Networks, the options to shard them by, and whether they stay in float32.
+        self._placed: list[tuple[nn.Module, Sharding, bool]] = []
         self.strict_loading = False  # checked by load_state_dict below, which knows what may be missing
         self.ema: nn.Module | None = None
         self._ema_schedule: EMASchedule | None = None
         self._ema_updates = 0
 
     # -- networks ----------------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Have `trainer.precision` concern the weights of networks only; see `lit_models.precision`.
+
+        Args:
+            stage: "fit" and so on.
+
+        Raises:
+            ValueError: if the device has no float64, or nothing can be trained in that precision.
+        """
+        if self.trainer.strategy.root_device.type == "mps":
+            raise ValueError(
+                "trainer.accelerator: GPUs of Apple have no float64, in which sums and metrics are kept; set it to cpu"
+            )
+        take_over(self.trainer, stage)
+
+    def teardown(self, stage: str) -> None:
+        """Leave the trainer as it was.
+
+        Args:
+            stage: "fit" and so on.
+        """
+        give_back(self.trainer)
 
     def trained_networks(self) -> dict[str, nn.Module]:
         """Trained networks by the name of their parameter groups."""
@@ -94,7 +124,11 @@ class LitBase(LightningModule):
         return make() if self.device_mesh is None else build_once(make)
 
     def shard(
-        self, network: nn.Module, weights: dict[str, Tensor] | None = None, options: Sharding | None = None
+        self,
+        network: nn.Module,
+        weights: dict[str, Tensor] | None = None,
+        options: Sharding | None = None,
+        exact: bool = False,
     ) -> nn.Module:
         """Apply sharding options to a network for the current strategy; see `lit_models.nn.shard`.
 
@@ -102,25 +136,29 @@ class LitBase(LightningModule):
             network: built and not yet sharded.
             weights: see there.
             options: in place of the module's own.
+            exact: keep the weights in float32 whatever `trainer.precision` is.
 
         Returns:
             The same network.
         """
         options = options or self.sharding
-        self._placed.append((network, options))
-        return shard(network, self.device_mesh, options, weights)
+        self._placed.append((network, options, exact))
+        return shard(network, self.device_mesh, options, weights, None if exact else weight_type(self._trainer))
 
     def shard_built(self) -> None:
         """Shard networks that were built without a trainer, such as those of a loaded checkpoint.
 
         Every `configure_model` returns with this where its networks exist already.
         """
-        if self.device_mesh is None:
-            return
         own = set(self.modules())
-        for network, options in self._placed:
-            if network in own and not is_sharded(network):
-                shard(network, self.device_mesh, options)
+        for network, options, exact in self._placed:
+            dtype = None if exact else weight_type(self._trainer)
+            if network not in own or is_sharded(network):
+                continue
+            if self.device_mesh is not None:
+                shard(network, self.device_mesh, options, dtype=dtype)
+            elif dtype is not None:
+                keep_weights_in(network, dtype)
 
     def gathered(self, network: nn.Module) -> AbstractContextManager[None]:
         """Keep all weights of a network on every process for many uses in a row; see `lit_models.nn.sharding.gathered`.
@@ -156,7 +194,8 @@ class LitBase(LightningModule):
                     "first run of this module"
                 )
             self.ema = copy.deepcopy(network).float().requires_grad_(False).eval()
-            self._placed.append((self.ema, self.sharding))
+            keep_weights_in(self.ema, torch.float32)  # if the network casts its inputs to another type
+            self._placed.append((self.ema, self.sharding, True))
 
     def place(self, name: str, network: nn.Module) -> None:
         """Shard a trained network and keep it as attribute `name`, with its averaged copy where one is wanted.
@@ -170,7 +209,7 @@ class LitBase(LightningModule):
         """
         if self._ema_schedule is not None and name == self.ema_part:
             average, weights = self._copied(network)
-            self.ema = self.shard(average.float().requires_grad_(False).eval(), weights)
+            self.ema = self.shard(average.float().requires_grad_(False).eval(), weights, exact=True)
         setattr(self, name, self.shard(network))
 
     def place_frozen(self, network: nn.Module) -> nn.Module:
@@ -300,10 +339,30 @@ class LitBase(LightningModule):
         accumulated = self.trainer.accumulate_grad_batches
         if accumulated == 1:
             return
-        factor = float(accumulated * counts[0].clamp(min=1) / torch.stack(counts).sum().clamp(min=1))
+        factor = accumulated * counts[0].clamp(min=1) / torch.stack(counts).sum().clamp(min=1)
         for parameter in network.parameters():
             if parameter.grad is not None:
                 parameter.grad.mul_(factor)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip as the trainer is told to, but by a norm in float32 where gradients have 16 bits.
+
+        Args:
+            optimizer: whose gradients to clip.
+            gradient_clip_val: limit.
+            gradient_clip_algorithm: "norm", the default, or "value".
+        """
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        kinds = {parameter.grad.dtype for parameter in parameters if parameter.grad is not None}
+        if gradient_clip_val and gradient_clip_algorithm in (None, "norm") and kinds & {torch.bfloat16, torch.float16}:
+            clip_gradients(parameters, gradient_clip_val)
+        else:
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
 
@@ -325,7 +384,29 @@ class LitBase(LightningModule):
         prefix = kwargs.get("prefix", "")
         for key in self._left_out():
             state.pop(prefix + key, None)
+        if self._hands_back():
+            state[HANDED_BACK] = {}
+            self.on_save_checkpoint(state[HANDED_BACK])
         return state
+
+    def _hands_back(self) -> bool:
+        """Whether this is a forked process whose training is over; all it gives to its parent are the weights."""
+        trainer = self._trainer
+        return (
+            trainer is not None
+            and isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
+            and trainer.state.finished
+            and trainer.state.fn == TrainerFn.FITTING
+        )
+
+    def _prepare_for(self, rest: dict[str, Any]) -> None:
+        """Get ready to build the networks of a forked process, with neither its data nor its callbacks.
+
+        Args:
+            rest: what `on_save_checkpoint` wrote there.
+        """
+        if "ema" in rest:
+            self.enable_ema(**rest["ema"])
 
     def check_state(self, shapes: Mapping[str, Sequence[int]]) -> None:
         """Make sure that a checkpoint belongs to this module.
@@ -371,8 +452,12 @@ class LitBase(LightningModule):
         Raises:
             CheckpointMismatchError: if keys or shapes belong to another model.
         """
-        if not any(True for _ in self.parameters()):
-            self.configure_model()  # a parent process gets the weights of its forked workers without having built any
+        state_dict = dict(state_dict)
+        rest = state_dict.pop(HANDED_BACK, None)
+        if rest is not None:
+            self._prepare_for(rest)
+            self.configure_model()
+            self.on_load_checkpoint(rest)
         self.check_state({name: tuple(value.shape) for name, value in state_dict.items()})
         super().load_state_dict(state_dict, strict=False, assign=assign)
         return _IncompatibleKeys([], [])

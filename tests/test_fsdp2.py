@@ -59,41 +59,75 @@ def test_preset_runs_in_shards_resumes_exports_and_equals_one_process(tmp_path, 
 # -- on GPUs: NCCL, and computation in bfloat16 ------------------------------------------------------------------------
 
 on_gpus = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-DEVICES: list[str] = []
-"""Overrides of the preset's devices, which are all GPUs of the machine."""
+WORLD = min(2, torch.cuda.device_count())
+DEVICES = [f"--trainer.devices={WORLD}"]
+CURIOUS = ["--config", "ppo/method-ma.yaml", "--config", "ppo/method-cd.yaml"]
+METHODS = {  # steps after which the preset saves, and what goes with it
+    "sft/tiny": (10, []),
+    "reward/tiny": (10, []),
+    "ppo/tiny": (6, CURIOUS),
+    "pixel/tiny": (10, []),
+    "pixel/mae": (500, []),
+    "pixel/task": (100, []),
+    "influence/tiny": (20, []),
+    "diffusion/tiny": (10, []),
+}
+
+
+def saved_twice(preset, folder, trainer):
+    """The command of a preset in a folder, stopped halfway and resumed; returns it, and the folder of the run."""
+    steps, more = METHODS[preset]
+    command = ["--config", f"{preset}.yaml", *more, *trainer, *QUIET]
+    launch(folder, None, "fit", *command, f"--trainer.max_steps={steps}")
+    launch(folder, None, "fit", *command, f"--trainer.max_steps={2 * steps}", "--ckpt_path=last")
+    return command, folder / preset.replace("/", "-")
+
+
+def finite_weights(folder):
+    """All weights of an exported folder, by file and name."""
+    weights = {
+        (path.relative_to(folder), name): value
+        for path in folder.rglob("*.safetensors")
+        for name, value in load_file(path).items()
+    }
+    assert weights
+    assert all(value.isfinite().all() for value in weights.values())
+    return weights
 
 
 @pytest.mark.gpu
 @on_gpus
-@pytest.mark.parametrize("stage", ["sft", "ppo", "pixel", "diffusion"])
-def test_gpus_train_in_shards_resume_and_export(stage, tmp_path):
-    more = ["--config", "ppo/method-ma.yaml", "--config", "ppo/method-cd.yaml"] if stage == "ppo" else []
-    preset = ["fit", "--config", f"{stage}/tiny.yaml", *more, "--config", "trainer/fsdp2.yaml", *DEVICES, *QUIET]
-    half, whole = (6, 12) if stage == "ppo" else (10, 20)  # at both of which the preset saves
-    launch(tmp_path, None, *preset, f"--trainer.max_steps={half}")
-    run = tmp_path / f"{stage}-tiny"
+@pytest.mark.parametrize("preset", METHODS)
+def test_gpus_train_in_shards_resume_and_export(preset, tmp_path):
+    _, run = saved_twice(preset, tmp_path, ["--config", "trainer/fsdp2.yaml", *DEVICES])
     assert is_in_shards(run / "checkpoints/last.ckpt")
-    launch(tmp_path, None, *preset, f"--trainer.max_steps={whole}", "--ckpt_path=last")
     export.main([str(run / "checkpoints/last.ckpt"), str(tmp_path / "out")])
-    files = sorted(path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("*.safetensors"))
-    assert files
-    for file in files:
-        live, offline = load_file(run / "export" / file), load_file(tmp_path / "out" / file)
-        assert live.keys() == offline.keys()
-        for key, value in live.items():
-            assert value.isfinite().all(), key
-            assert torch.equal(value, offline[key]), key
+    live, offline = finite_weights(run / "export"), finite_weights(tmp_path / "out")
+    assert live.keys() == offline.keys()
+    for key, value in live.items():
+        assert torch.equal(value, offline[key]), key
+
+
+@pytest.mark.gpu
+@on_gpus
+@pytest.mark.parametrize("preset", METHODS)
+def test_one_gpu_trains_resumes_tests_and_predicts(preset, tmp_path):
+    command, run = saved_twice(preset, tmp_path, ["--config", "trainer/gpu.yaml"])
+    finite_weights(run / "export")
+    for work in ("test", "predict"):
+        launch(tmp_path, None, work, *command, f"--ckpt_path={run / 'checkpoints/last.ckpt'}")
 
 
 @pytest.mark.gpu
 @on_gpus
 def test_gpus_in_float32_give_what_one_process_on_the_cpu_gives(tmp_path, monkeypatch):
-    preset = ["fit", "--config", "sft/tiny.yaml", *QUIET, "--trainer.max_steps=3"]
+    # Not Adam, which makes steps of full length out of gradients that are rounding errors.
+    descent = ["--model.init_args.optimizer=torch.optim.SGD", "--model.init_args.optimizer.init_args.lr=0.5"]
+    preset = ["fit", "--config", "sft/tiny.yaml", *descent, *QUIET, "--trainer.max_steps=3"]
     sharded = [*preset, "--config", "trainer/fsdp2.yaml", "--model.init_args.sharding.param_dtype=float32", *DEVICES]
-    world = 2 if DEVICES else torch.cuda.device_count()
     launch(tmp_path, None, *sharded, "--data.init_args.batch_size=2")
     monkeypatch.setenv("LIT_RUNS", str(tmp_path / "single"))
-    main([*preset, "--trainer.accelerator=cpu", f"--data.init_args.batch_size={2 * world}"])
+    main([*preset, "--trainer.accelerator=cpu", f"--data.init_args.batch_size={2 * WORLD}"])
     folders = (tmp_path / "sft-tiny/export/model", tmp_path / "single/sft-tiny/export/model")
     one, other = (load_file(folder / "model.safetensors") for folder in folders)
     for key, value in other.items():

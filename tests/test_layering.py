@@ -10,9 +10,11 @@ LEAVES = {
     "lit_models._compat",
     "lit_models._lazy",
     "lit_models._ranks",
+    "lit_models.nn.clipping",
     "lit_models.recording",
     "lit_models.shards",
     "lit_models.signals",
+    "lit_models.slurm",
     "lit_models.tokenization",
 }
 METHODS = sorted(path.parent.name for path in (ROOT / "lit_models").glob("*/module.py"))

@@ -566,19 +566,26 @@ def test_a_killed_save_leaves_the_checkpoint_before_it(tmp_path, tiny_tokenizer)
     assert (tmp_path / "run" / DRAFT).is_dir()
     assert_equal(first, read_shards(path)["state_dict"])
 
-    def full(rank):
+    def full(rank, place):
+        import torch.distributed.checkpoint.filesystem
+
         import lit_models.strategies
 
-        def fail(folder):
+        def fail(*args, **options):
             raise OSError(28, "No space left on device")
 
-        lit_models.strategies._sync_files = fail  # on the first process
+        if place == "end":  # on the first process
+            lit_models.strategies._sync_files = fail
+        else:  # of torch, which puts it into an exception of its own
+            torch.distributed.checkpoint.filesystem._write_files_from_queue = fail
         with pytest.raises(OSError, match=r"could not be written .*written before are intact") as caught:
             work(rank, False)
         return str(caught.value)
 
-    assert "No space left" in together(full, tmp_path / "d")[0]
-    assert_equal(first, read_shards(path)["state_dict"])
+    for place in ("end", "middle"):
+        assert "([Errno 28] No space left on device)" in together(partial(full, place=place), tmp_path / place)[0]
+        assert not (tmp_path / "run" / DRAFT).exists()
+        assert_equal(first, read_shards(path)["state_dict"])
     together(lambda rank: work(rank, False), tmp_path / "c")
     assert not (tmp_path / "run" / DRAFT).exists()
     assert not (tmp_path / "run" / OLD).exists()
@@ -676,7 +683,7 @@ def test_blocks_without_an_option_for_it_are_recomputed():
     assert other.state_dict().keys() == plain.state_dict().keys()
 
 
-@pytest.mark.parametrize("name", ["diffusers", "waveform", "icm", "pixel", "mae"])
+@pytest.mark.parametrize("name", ["diffusers", "waveform", "icm", "pixel", "mae", "llama"])
 def test_every_kind_of_network_recomputes_its_blocks(name):
     networks = {
         "diffusers": lambda: diffusers_network(),
@@ -684,8 +691,11 @@ def test_every_kind_of_network_recomputes_its_blocks(name):
         "icm": lambda: curiosity_network(),
         "pixel": lambda: tiny.pixel("none").make(Sharding()).backbone.build(),
         "mae": lambda: tiny.mae().make(Sharding()).backbone.build(),
+        "llama": lambda: config().build(),
     }
     network = networks[name]().train()
+    with_dropout(network)
+    expected = seeded_gradients(name, network)
     checkpoint_activations(network)
     units = wrapping_units(network)
     assert units
@@ -703,8 +713,26 @@ def test_every_kind_of_network_recomputes_its_blocks(name):
 
     for unit, part in inside.items():
         part.register_forward_hook(count(unit))
-    run_network(name, network).backward()
+    found = seeded_gradients(name, network)
     assert all(number >= 2 for number in calls.values()), calls
+    for one, two in zip(expected, found, strict=True):  # what dropout drew is drawn again
+        assert torch.equal(one, two)
+
+
+def with_dropout(network):
+    for part in network.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = 0.3
+        for key in ("attention_dropout", "dropout"):
+            if isinstance(getattr(part, key, None), float):
+                setattr(part, key, 0.3)
+
+
+def seeded_gradients(name, network):
+    network.zero_grad()
+    torch.manual_seed(0)
+    run_network(name, network).backward()
+    return [parameter.grad.clone() for parameter in network.parameters() if parameter.grad is not None]
 
 
 def diffusers_network():
@@ -734,6 +762,8 @@ def run_network(name, network):
         return network(**tiny.strips(2, 0)).loss
     if name == "mae":
         return network(**tiny.strips(2, 0)).loss
+    if name == "llama":
+        return network(**tiny.texts(2, 0)).loss
     sample = torch.randn(2, 1, 64)
     time = torch.full((2,), 0.5)
     return network(sample, time).sample.square().sum()

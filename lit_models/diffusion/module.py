@@ -43,7 +43,7 @@ class LitWaveform(WaveformGenerator):
     The loss is the squared error of the velocity, the mean over all values of an optimizer step on all ranks and in all
     accumulated batches. The n-th sample of a run has its own time, noise and chance of losing its text, which depend on
     the seed and n alone: ranks draw different times, two ranks train as one does with the same global batch, and a
-    resumed run goes on as the whole run would have. For that, the batches of all ranks must be of one size.
+    resumed run goes on as the whole run would have. For that, ranks must take turns in the rows of a global batch.
 
     Validation looks at fixed times with fixed noise. Where `callbacks.EMA` keeps an average, it covers all that is
     trained, and is what is validated, tested, sampled and exported.
@@ -187,8 +187,9 @@ class LitWaveform(WaveformGenerator):
         """Keep Lightning from warning that batches are looked at here and not by the data module.
 
         Args:
-            stage: ignored.
+            stage: "fit" and so on.
         """
+        super().setup(stage)
         warnings.filterwarnings("ignore", message=".*overridden `on_before_batch_transfer`")
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
@@ -259,7 +260,7 @@ class LitWaveform(WaveformGenerator):
         if self.text_encoder is not None:
             return {"states": self.encode(batch["text"])}
         tokens = tokenize(self.tokenizer, batch["text"], self.text.max_tokens)
-        return {"tokens": {name: ids.to(self.device) for name, ids in tokens.items()}}
+        return {"tokens": {name: ids.to(self.device, non_blocking=True) for name, ids in tokens.items()}}
 
     # -- training ----------------------------------------------------------------------------------------------------
 
@@ -278,17 +279,17 @@ class LitWaveform(WaveformGenerator):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of one batch, for the gradient of the mean over all values of the optimizer step."""
         x, mask = self._scaled(batch), self._mask(batch)
-        rank, world = self.global_rank, self.trainer.world_size
+        rank, world, everyone = self.global_rank, self.trainer.world_size, self._samples_of_all(len(x))
         numbers = draws.sample_numbers(self._samples, len(x), rank, world)
         drawn = draws.draw(self.seed, draws.TRAIN, numbers)
         with full_precision(x.device):
-            t = self._drawn_times(len(x) * world)[rank::world].to(x.device)
+            t = self._drawn_times(everyone)[rank::world].to(x.device, non_blocking=True)
             noise = draws.normal_noise(drawn.seeds, tuple(x.shape[1:]), x.device)
             z, target = functional.diffuse(x, noise, t), functional.velocity(x, noise, t)
-        self._samples += len(x) * world
+        self._samples += everyone
         condition = self._condition(batch)
         if condition:  # nothing to drop gives the null vector a gradient too, which data parallelism waits for
-            condition["drop"] = (drawn.uniform < self.p_uncond).to(x.device)
+            condition["drop"] = (drawn.uniform < self.p_uncond).to(x.device, non_blocking=True)
         predicted = self(NetworkInput(z, t, **condition))
         with full_precision(x.device):
             total, number, error = self._sums(predicted, target, z, x, t, mask)
@@ -297,12 +298,28 @@ class LitWaveform(WaveformGenerator):
         self._window.append(everywhere[1])
         self._step_shape = (x.shape[0], x.shape[-1])
         self._keep(batch)
-        loss, plain = (everywhere[[0, 2]] / everywhere[1].clamp(min=1)).float()
+        loss, plain = (everywhere[::2] / everywhere[1].clamp(min=1)).float()
         self.log("train/loss", loss, prog_bar=True, batch_size=len(x))
         if self.loss.weighting != "none" or self.loss.stft:
             self.log("train/mse", plain, batch_size=len(x))
         # Data-parallel strategies average gradients over ranks, where a sum is needed.
         return total * (world / self._window[0].clamp(min=1).float())
+
+    def _samples_of_all(self, own: int) -> int:
+        """Samples of a training batch on all ranks together, of which this one has some."""
+        rank, world = self.global_rank, self.trainer.world_size
+        if world == 1:
+            return own
+        position = getattr(self.trainer.train_dataloader, "position", None)
+        if position is None:  # of a loader that does not tell, so that ranks have to ask each other
+            return int(all_reduce_sum(self, torch.tensor(float(own), dtype=torch.float64)))
+        everyone: int = min(position.global_batch, position.rows or position.global_batch)
+        if own != len(range(rank, everyone, world)):
+            raise ValueError(
+                f"data.batch_size: process {rank} has {own} rows of a batch of {everyone} for {world} processes, which "
+                "all take turns; a collator must neither add nor drop rows"
+            )
+        return everyone
 
     def _sums(
         self, predicted: Tensor, target: Tensor, z: Tensor, x: Tensor, t: Tensor, mask: Tensor | None

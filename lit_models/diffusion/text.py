@@ -15,7 +15,6 @@ import importlib
 import inspect
 import os
 import tempfile
-import warnings
 from abc import ABC, abstractmethod
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,6 +25,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
+
+from lit_models._ranks import warn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -151,7 +152,7 @@ def cut_texts() -> int:
 def _count_cut(number: int, total: int, limit: int) -> None:
     if _CutTexts.number == 0:
         are, were = ("is", "was") if number == 1 else ("are", "were")
-        warnings.warn(
+        warn(
             f"max_tokens: {number} of {total} texts {are} longer than {limit} tokens and {were} cut; raise it, up to "
             "what the encoder can read. More are counted without a warning, see lit_models.diffusion.text.cut_texts",
             stacklevel=3,

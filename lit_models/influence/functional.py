@@ -72,7 +72,7 @@ def counts(ids: Tensor, num_train: int) -> Tensor:
     Returns:
         (..., N) float32.
     """
-    table = torch.zeros(*ids.shape[:-1], num_train, device=ids.device)
+    table = torch.zeros(*ids.shape[:-1], num_train, device=ids.device, dtype=torch.float32)
     return table.scatter_add(-1, ids.clamp(min=0), (ids >= 0).float())
 
 
@@ -92,18 +92,23 @@ def alpha_beta(A: Tensor, B: Tensor, ids: Tensor, form: Literal["gather", "count
     """
     A, B = A.float(), B.float()
     order, num_train, columns = A.shape
-    if ids.is_floating_point():
-        return Factors(torch.einsum("...i,kim->k...m", ids.float(), A), ids.float() @ B)
-    if form is None:  # a product takes about a twentieth of the time per number
-        form = "gather" if 20 * ids.shape[-1] < num_train else "counts"
-    if form == "counts" or not ids.numel():
-        occurrences = counts(ids, num_train)
-        return Factors(torch.einsum("...i,kim->k...m", occurrences, A), occurrences @ B)
-    table = torch.cat([*A, B], -1)
-    flat = ids.reshape(math.prod(ids.shape[:-1]), ids.shape[-1])
-    sums = F.embedding_bag(flat.clamp(min=0), table, mode="sum", per_sample_weights=(flat >= 0).to(table.dtype))
+    with torch.autocast(A.device.type, enabled=False):  # products would be rounded to 16 bits
+        if ids.is_floating_point():
+            return _weighted(A, B, ids.float())
+        if form is None:  # a product takes about a twentieth of the time per number
+            form = "gather" if 20 * ids.shape[-1] < num_train else "counts"
+        if form == "counts" or not ids.numel():
+            return _weighted(A, B, counts(ids, num_train))
+        table = torch.cat([*A, B], -1)
+        flat = ids.reshape(math.prod(ids.shape[:-1]), ids.shape[-1])
+        sums = F.embedding_bag(flat.clamp(min=0), table, mode="sum", per_sample_weights=(flat >= 0).to(table.dtype))
     *alpha, beta = sums.reshape(*ids.shape[:-1], order + 1, columns).unbind(-2)
     return Factors(torch.stack(alpha), beta)
+
+
+def _weighted(A: Tensor, B: Tensor, occurrences: Tensor) -> Factors:
+    """Sums of factors, each times a number of occurrences (..., N)."""
+    return Factors(torch.einsum("...i,kim->k...m", occurrences, A), occurrences @ B)
 
 
 def step_scale(

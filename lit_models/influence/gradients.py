@@ -8,7 +8,6 @@ weights are, whatever type a model was trained in, and are taken without dropout
 import hashlib
 import json
 import re
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lit_models._ranks import warn
 from lit_models.influence.cache import RowCache, digest_of
 from lit_models.influence.checkpoints import Checkpoint, state_of
 from lit_models.influence.examples import TEXT_KEYS, Batch, Examples, causal_lm_loss, map_tensors, right_padded
@@ -452,7 +452,7 @@ class PerSampleGradients:
         if failure is not None:
             self.loops = True
             reason = (str(failure).splitlines() or [type(failure).__name__])[0]
-            warnings.warn(
+            warn(
                 f"{type(self.model).__name__} can't be traced by vmap ({reason[:200]}); "
                 "gradients are computed one example at a time",
                 stacklevel=3,

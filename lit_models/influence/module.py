@@ -280,6 +280,11 @@ class LitInfluence(LitBase):
             state = checkpoint["closed_form"]
             self.closed_form.rows, self.closed_form.solved = list(state["rows"]), state["solved"]
 
+    def _prepare_for(self, rest: dict[str, Any]) -> None:
+        """Take over the sizes that the data has told elsewhere."""
+        super()._prepare_for(rest)
+        self.sizes = {name: rest[self.CHECKPOINT_HYPER_PARAMS_KEY][name] for name in self.sizes}
+
     # -- batches -----------------------------------------------------------------------------------------------------
 
     def _flat(self, batch: Batch) -> Batch:

@@ -114,7 +114,7 @@ def _from_structure(structure: bytes | None, make: Callable[[], T]) -> T:
     if structure is None:
         built = make()
         networks = [value for value in _values(built) if isinstance(value, nn.Module)]
-        if any(True for network in networks for _ in network.parameters()):
+        if dist.get_rank() == 1 and any(True for network in networks for _ in network.parameters()):
             warnings.warn(
                 f"the structure of {type(networks[0]).__name__} can't be sent between processes, so that each one "
                 "builds it with weights first, which takes the memory of all of them",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from lit_models.nn.casting import cast_inputs, cast_weights
 from lit_models.nn.meta import drop_weights, materialise, whole_weights
 
 if TYPE_CHECKING:
@@ -107,7 +108,11 @@ def _listed(module: nn.Module) -> list[nn.Module]:
 
 
 def shard(
-    network: nn.Module, mesh: "DeviceMesh | None", options: Sharding, weights: dict[str, Tensor] | None = None
+    network: nn.Module,
+    mesh: "DeviceMesh | None",
+    options: Sharding,
+    weights: dict[str, Tensor] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> nn.Module:
     """Apply the options to a network in place.
 
@@ -118,21 +123,52 @@ def shard(
         mesh: the strategy's device mesh, or None outside ModelParallelStrategy, which then shards nothing.
         options: what to apply.
         weights: state of the network to take in place of its own, on the first process.
+        dtype: type to keep the weights in, and to compute in; None leaves them. Buffers, and what `ShardingNeeds` says
+            to be float32, stay.
 
     Returns:
         The same network.
     """
+    if dtype is not None:
+        keep_weights_in(network, dtype, casts=mesh is None)
     if options.activation_checkpointing and any(parameter.requires_grad for parameter in network.parameters()):
         checkpoint_activations(network)
     if mesh is not None:
-        _fully_shard(network, mesh, options, weights)
+        _fully_shard(network, mesh, options, weights, dtype)
     if options.compile:
         network.compile()
     return network
 
 
+def keep_weights_in(network: nn.Module, dtype: torch.dtype, casts: bool = True) -> None:
+    """Keep the weights of a network in another type, in place.
+
+    Args:
+        network: not sharded.
+        dtype: type of the weights, except of parts that are to be float32.
+        casts: whether the network and its units cast their inputs to it, as `fully_shard` has them do.
+    """
+    needs = needs_of(network)
+    precise = {part for module in _precise(network, needs) for part in module.modules()}
+    cast_weights(network, dtype, precise)
+    if casts:
+        units = [(unit, needs.cast_unit_inputs) for unit in wrapping_units(network)]
+        for module, wanted in ((network, needs.cast_inputs), *units):
+            if wanted and module not in precise:
+                cast_inputs(module, dtype)
+
+
+def _precise(network: nn.Module, needs: ShardingNeeds) -> list[nn.Module]:
+    """Modules that are gathered and computed in float32."""
+    return [module for module in network.modules() if type(module).__name__ in needs.float32]
+
+
 def _fully_shard(
-    network: nn.Module, mesh: "DeviceMesh", options: Sharding, weights: dict[str, Tensor] | None = None
+    network: nn.Module,
+    mesh: "DeviceMesh",
+    options: Sharding,
+    weights: dict[str, Tensor] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> None:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -145,12 +181,13 @@ def _fully_shard(
         weights = whole_weights(network)
     drop_weights(network)
     needs = needs_of(network)
-    dtype = None if options.param_dtype == "float32" else getattr(torch, options.param_dtype)
+    if dtype is None and options.param_dtype != "float32":
+        dtype = getattr(torch, options.param_dtype)
     outer, inner, full = (
         MixedPrecisionPolicy(param_dtype=kind, reduce_dtype=torch.float32, cast_forward_inputs=cast)
         for kind, cast in ((dtype, needs.cast_inputs), (dtype, needs.cast_unit_inputs), (None, False))
     )
-    precise = [module for module in network.modules() if type(module).__name__ in needs.float32]
+    precise = _precise(network, needs)
     inside = {part for module in precise for part in module.modules()}
     units = set(wrapping_units(network)) | set(precise)
     for module in reversed(list(network.modules())):

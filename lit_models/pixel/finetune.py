@@ -235,6 +235,7 @@ class LitPixelTask(LitBase):
         Raises:
             ValueError: if a callback monitors something of this module that it does not log.
         """
+        super().setup(stage)
         # Lightning tells that the data module might have one too; ours has none.
         warnings.filterwarnings("ignore", message="You have overridden `on_before_batch_transfer`")
         if stage != "fit":
@@ -331,7 +332,7 @@ class LitPixelTask(LitBase):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of one batch, for the gradient of the mean over all labels of the optimizer step."""
         losses, _, _ = self._rate(batch)
-        local = torch.stack([losses.detach().sum(), losses.new_tensor(float(losses.numel()))])
+        local = torch.stack([losses.detach().sum(), losses.new_full((), losses.numel())])
         total, count = all_reduce_sum(self, local)
         self._window.append(count)
         self._step_lengths = _attended(batch)

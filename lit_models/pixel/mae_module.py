@@ -101,8 +101,9 @@ class LitPIXEL(LitBase):
         """Keep Lightning from warning that batches are prepared here and not by the data module.
 
         Args:
-            stage: ignored.
+            stage: "fit" and so on.
         """
+        super().setup(stage)
         warnings.filterwarnings("ignore", message=".*overridden `on_before_batch_transfer`")
 
     # -- masks -------------------------------------------------------------------------------------------------------

@@ -131,6 +131,7 @@ class LitPixelLM(LitBase):
         self.max_read_tokens, self.strip_scale = max_read_tokens, strip_scale
         self.net = None  # type: ignore[assignment]
         self.meters = nn.ModuleDict()
+        self._losses: dict[str, Tensor | float] = {}  # of the newest batch of each kind, by key
         self._window: list[Tensor] = []  # sums of each batch since the last optimizer step
         self._step_lengths: Tensor | None = None  # (2,B) attended patches and tokens of the newest training batch
         self._totals: Tensor | None = None  # sums of the evaluated batches
@@ -252,9 +253,21 @@ class LitPixelLM(LitBase):
         self.log("train/loss", mean_loss(total), prog_bar=True, batch_size=rows)
         means = {"npp": total[7] / total[1].clamp(min=1), "ntp": total[8] / total[4].clamp(min=1)}
         for name in {"pixel": ["npp"], "text": ["ntp"], "pair": ["npp", "ntp"]}[mode]:
-            self.log(f"train/{mode}/{name}", means[name], batch_size=rows)
+            self._losses[f"train/{mode}/{name}"] = means[name]
+        for key, value in self._losses.items():
+            self.log(key, value, batch_size=rows)
         # Data-parallel strategies average gradients over ranks, where a sum is needed.
-        return self.trainer.world_size * (local[[0, 3]] * self._scales()).sum() + self._idle_term(mode)
+        return self.trainer.world_size * (local[:6:3] * self._scales()).sum() + self._idle_term(mode)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the losses that the next batches of other kinds are logged with."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["pixel_losses"] = {key: float(value) for key, value in self._losses.items()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on with these losses."""
+        super().on_load_checkpoint(checkpoint)
+        self._losses = dict(checkpoint.get("pixel_losses", {}))
 
     def _scales(self) -> Tensor:
         """(2,) factors of the loss sums of patches and tokens, from the first batch of the step that has either."""

@@ -15,6 +15,7 @@ from torch.optim import AdamW
 from lit_models._ranks import warn
 from lit_models.backbones import Backbone, has_adapters
 from lit_models.base import GroupOptions, LitBase, all_reduce_sum
+from lit_models.nn.clipping import clip_gradients
 from lit_models.nn.flops import forward_flops, training_flops, transformer_cost
 from lit_models.nn.logprobs import token_nll
 from lit_models.nn.sharding import Sharding
@@ -251,7 +252,7 @@ class LitPPO(LitBase):
         if not name or hasattr(self, name):
             raise ValueError(f"model.shapers: the network name {name!r} is taken; give each shaper one of its own")
         options = Sharding(activation_checkpointing=self.sharding.activation_checkpointing)
-        setattr(self, name, self.shard(network, options=options))
+        setattr(self, name, self.shard(network, options=options, exact=True))
 
     def shaper_networks(self) -> dict[str, tuple[Shaper, nn.Module]]:
         """The shapers that train a network of their own, with it, by its name."""
@@ -473,8 +474,7 @@ class LitPPO(LitBase):
             if all(parameter.grad is None for parameter in network.parameters()):
                 continue
             name = labels.get(name, name)
-            norm = torch.nn.utils.clip_grad_norm_(network.parameters(), limit)
-            norms[f"{name}/grad_norm"] = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+            norms[f"{name}/grad_norm"] = float(clip_gradients(network.parameters(), limit))
         return norms
 
     def _finish(

@@ -34,9 +34,12 @@ class StateRecorder:
 
     def __enter__(self) -> "StateRecorder":
         self._handle = self._module.register_forward_hook(self._keep)
+        self._eager: Any = torch.compiler.set_stance("force_eager")  # compiled code passes over new hooks
+        self._eager.__enter__()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *error: object) -> None:
+        self._eager.__exit__(*error)
         self._handle.remove()
 
     def _keep(self, module: nn.Module, inputs: Any, output: Any) -> None:  # noqa: ANN401

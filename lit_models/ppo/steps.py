@@ -184,10 +184,12 @@ def generate(
     training = actor.training
     actor.eval()  # gradient checkpointing in training mode would rule out the key-value cache
     try:
-        response_ids, response_mask, ended, gate = generator.generate(actor, prompt_ids, prompt_mask, noise, all_done)
+        with torch.compiler.set_stance("force_eager"):  # compiled code would round, and so sample, differently
+            made = generator.generate(actor, prompt_ids, prompt_mask, noise, all_done)
     finally:
         actor.train(training)
-    kept = [ids[mask] for ids, mask in zip(prompt_ids, prompt_mask.bool(), strict=True)]
+    response_ids, response_mask, ended, gate = made
+    prompts, responses = _kept(prompt_ids, prompt_mask), _kept(response_ids, response_mask)
     columns = {
         name: [value for value in values for _ in range(samples)] for name, values in batch.get("columns", {}).items()
     }
@@ -197,14 +199,17 @@ def generate(
         response_ids=response_ids,
         response_mask=response_mask,
         ended=ended,
-        prompts=tokenizer.batch_decode(kept, skip_special_tokens=True),
-        responses=tokenizer.batch_decode(
-            [ids[mask] for ids, mask in zip(response_ids, response_mask.bool(), strict=True)], skip_special_tokens=True
-        ),
+        prompts=tokenizer.batch_decode(prompts, skip_special_tokens=True),
+        responses=tokenizer.batch_decode(responses, skip_special_tokens=True),
         columns=columns,
         gate=gate,
         noise=noise,
     )
+
+
+def _kept(ids: Tensor, mask: Tensor) -> list[list[int]]:
+    """The tokens of each row, read from the device at once instead of row by row."""
+    return [row[keep].tolist() for row, keep in zip(ids.cpu(), mask.bool().cpu(), strict=True)]
 
 
 def policy_logits(actor: "PreTrainedModel", rollout: Rollout) -> Tensor:

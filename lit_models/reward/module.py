@@ -167,7 +167,7 @@ class LitRewardModel(LitBase):
         loss, ends = self._compare(batch)
         self._step_lengths = batch["attention_mask"].sum(1)
         # Data-parallel strategies average over ranks, which may hold different numbers of pairs.
-        pairs = loss.new_tensor(float(ends.shape[1]))
+        pairs = loss.new_full((), ends.shape[1])
         loss = loss * (pairs * self.trainer.world_size / all_reduce_sum(self, pairs))
         self.log("train/loss", loss, prog_bar=True, sync_dist=True, batch_size=ends.shape[1])
         return loss

@@ -12,7 +12,8 @@ from torch import multiprocessing, nn
 from callbacks import AppendingCSVLogger, Throughput
 from callbacks import throughput as module_under_test
 from callbacks.peaks import KINDS, peak_tflops
-from callbacks.throughput import CudaClock, HostClock, compute_kind, peak_memory, total_norm
+from callbacks.throughput import CudaClock, HostClock, compute_kind, peak_memory
+from lit_models.nn.clipping import total_norm
 from tests.callbacks.tiny import Tiny, trainer
 
 KEYS = {f"perf/{name}_s" for name in ("data", "step", "other", "forward", "backward", "optimizer")}
@@ -383,7 +384,14 @@ def test_a_module_that_does_not_know_what_it_needs_logs_no_use(tmp_path, flops):
         ("NVIDIA GH200 480GB", "bfloat16", 989.4),
         ("NVIDIA B200", "bfloat16", 2250.0),
         ("NVIDIA L4", "bfloat16", 121.0),
-        ("NVIDIA L40S", "tf32", 183.2),
+        ("NVIDIA L40S", "tf32", 183.0),
+        ("NVIDIA L40S", "bfloat16", 362.05),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", "bfloat16", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", "bfloat16", None),
+        ("NVIDIA GeForce RTX 4090 D", "bfloat16", None),
+        ("NVIDIA GeForce RTX 3090 Ti", "bfloat16", 80.0),
+        ("AMD Instinct MI250X/MI250", "bfloat16", 191.5),
+        ("NVIDIA A100-SXM4-80GB", "float64", None),
         ("NVIDIA RTX A6000", "bfloat16", 154.8),
         ("NVIDIA RTX 6000 Ada Generation", "bfloat16", 364.2),
         ("NVIDIA GeForce RTX 4090", "bfloat16", 165.2),
@@ -419,6 +427,7 @@ def test_the_type_that_is_computed_in():
     assert kind_of("bf16-mixed") == kind_of("bf16-true") == kind_of("32-true", torch.bfloat16) == "bfloat16"
     assert kind_of("16-mixed") == kind_of("32-true", torch.float16) == "float16"
     assert kind_of("32-true") == kind_of("32-true", param_dtype="bfloat16") == "float32"
+    assert kind_of("64-true", torch.float64) == "float64"
     assert kind_of("32-true", mesh=object(), param_dtype="bfloat16") == "bfloat16"
     torch.set_float32_matmul_precision("high")
     try:

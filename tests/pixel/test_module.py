@@ -449,9 +449,10 @@ def test_loss_falls_and_checkpoint_resumes_bitwise_in_mid_epoch(build, quiet_tra
     )
     for key in ("train/pixel/npp", "train/text/ntp", "train/pair/npp", "train/pair/ntp"):
         assert recorder.values[-1][key] < 0.7 * recorder.values[5][key], key
-    resumed = build(**options)
-    trainer = quiet_trainer(max_epochs=40)
+    resumed, again = build(**options), Recorder()
+    trainer = quiet_trainer(max_epochs=40, callbacks=[again])
     trainer.fit(resumed, ResumableLoader(batches, batch_size=None), ckpt_path=tmp_path / "step=225.ckpt")
+    assert again.values[0] == recorder.values[225]  # also of the kinds of which there was no batch yet
     for (name, one), two in zip(whole.net.state_dict().items(), resumed.net.state_dict().values(), strict=True):
         assert torch.equal(one, two), name
 

@@ -67,10 +67,11 @@ class SentRewards(Shaper):
             split = [text.split() for text in references]
             words = torch.tensor([bleu_against(text.split(), split) for text in rollout.responses], device=device)
             # One call for both sides and for all processes, so that an encoder's statistics are the same.
-            vectors = encode(self._encoder, [*everything, *references])
-            unit = torch.nn.functional.normalize(vectors, dim=-1)
-            new, old = unit[own], unit[len(everything) :]
-            cosine = (new @ old.T).mean(1).to(device)
+            with torch.autocast(device.type, enabled=False), torch.autocast("cpu", enabled=False):
+                vectors = encode(self._encoder, [*everything, *references])
+                unit = torch.nn.functional.normalize(vectors, dim=-1)
+                new, old = unit[own], unit[len(everything) :]
+                cosine = (new @ old.T).mean(1).to(device)
         self._pool = (self._pool + everything)[-self.pool_size :]
         penalty = self.bleu_coef * words + self.cosine_coef * cosine
         metrics = {"sent/bleu": words, "sent/cosine": cosine, "reward/sent": -penalty}
