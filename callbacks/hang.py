@@ -49,7 +49,8 @@ class HangWatch(Callback):
         prepared and networks are built unwatched, but the signal is listened to from the callback's `setup` on, also by
         data loaders' worker processes that are forked. It is left alone where the program listens to it already, and
         ends processes that don't, as it always does. Stacks of threads without Python, such as NCCL's, are not shown.
-        `timeout_s` must exceed the longest wait: a step of PPO counts by its parts, but generation is one of them.
+        `timeout_s` must exceed the longest wait: a step of PPO counts by its parts, but generation is one of them. Of
+        several in one Trainer the last one watches, so one that is added to a preset replaces the preset's.
 
     Example::
 
@@ -80,6 +81,9 @@ class HangWatch(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Listen to the signal."""
         self._end()
+        everyone: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        if self is not [callback for callback in everyone if isinstance(callback, HangWatch)][-1]:
+            return
         folder = Path(self.dirpath or trainer.default_root_dir)
         self._watch = _Watch(folder, trainer.global_rank, trainer.world_size, self.timeout_s, self.abort)
 
@@ -276,7 +280,8 @@ class _Watch:
 
 def _listen(file: int) -> bool:
     """Let SIGUSR2 write stacks, where there is such a signal and nobody else listens to it."""
-    if not hasattr(faulthandler, "register") or signal.getsignal(signal.SIGUSR2) != signal.SIG_DFL:
+    unused = (signal.SIG_DFL, signal.SIG_IGN)
+    if not hasattr(faulthandler, "register") or signal.getsignal(signal.SIGUSR2) not in unused:
         return False
     faulthandler.register(signal.SIGUSR2, file=file, all_threads=True)
     return True

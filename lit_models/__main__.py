@@ -2,28 +2,12 @@
 
 import os
 import sys
+import time
 import traceback
-from pathlib import Path
 
 from lit_models._help import asks_for_help, show_help
-from lit_models.signals import noted
-
-OURS = ("lit_models", "datamodules", "callbacks")
-
-
-def raised_here(error: BaseException) -> bool:
-    """Whether an exception was raised by this collection's own checks rather than inside a library."""
-    frames = traceback.extract_tb(error.__traceback__)
-    folder = Path(__file__).resolve().parent.parent
-    return bool(frames) and any(Path(frames[-1].filename).resolve().is_relative_to(folder / name) for name in OURS)
-
-
-def own_error(error: BaseException) -> BaseException | None:
-    """The exception of this collection's own checks behind an exception, which libraries may have wrapped."""
-    current: BaseException | None = error
-    while current is not None and not raised_here(current):
-        current = current.__cause__ or current.__context__
-    return current
+from lit_models.errors import KINDS, LOST, LOST_S, lost_connection, own_error, tell_torchrun
+from lit_models.signals import noted, received
 
 
 def main(args: list[str] | None = None) -> None:
@@ -35,7 +19,8 @@ def main(args: list[str] | None = None) -> None:
     Args:
         args: arguments after the program's name; those of the process by default.
     """
-    with noted():  # before anything heavy is imported, since a scheduler's warning may come at any time
+    # Before anything heavy is imported, and to the end, since a scheduler's warning may come at any time.
+    with noted(last=args is None):
         command = sys.argv[1:] if args is None else args
         if asks_for_help(command):
             show_help(command, lambda: run(args))
@@ -49,10 +34,19 @@ def run(args: list[str] | None) -> None:
 
     try:
         run_cli(args)
-    except (ValueError, TypeError, ImportError, OSError, FloatingPointError) as error:
-        own = own_error(error)
-        if own is None or os.environ.get("LIT_MODELS_TRACEBACK"):
+    except Exception as error:
+        own = own_error(error) if isinstance(error, KINDS) else None
+        traced = bool(os.environ.get("LIT_MODELS_TRACEBACK"))
+        if own is None and lost_connection(error) and not traced:
+            deadline = time.monotonic() + LOST_S
+            while received() is None and time.monotonic() < deadline:
+                time.sleep(0.1)
+            tell_torchrun(LOST)
+            sys.exit(LOST)
+        if own is None or traced:
+            tell_torchrun(traceback.format_exc())
             raise
+        tell_torchrun(f"error: {own}")
         sys.exit(f"error: {own}")
 
 

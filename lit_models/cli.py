@@ -4,32 +4,41 @@ import importlib.resources
 import logging
 import os
 import sys
-import threading
-import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 from jsonargparse import set_parsing_settings
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.accelerators import MPSAccelerator
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from omegaconf import OmegaConf
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
 import callbacks
 import datamodules
 import lit_models
-from callbacks.requeue import Requeue, newest_checkpoint
+from callbacks.requeue import EXIT_CODE, Requeue
+from callbacks.run_folder import check_writable
+from callbacks.stopped_runs import newest_checkpoint
+from lit_models.errors import own_words
+from lit_models.launching import (
+    check_options,
+    check_processes,
+    end_children,
+    passed_on,
+    trainer_message,
+    watched_join,
+)
+from lit_models.shards import is_in_shards
+from lit_models.slurm import prepare_step
 from lit_models.suggestions import explain
 
 CONFIG_FLAGS = ("--config", "-c")
-JOIN_TIMEOUT = "LIT_MODELS_JOIN_TIMEOUT"
-"""Environment variable: seconds that a process waits for those of other nodes to join it."""
-CHILDREN_S = 5.0
-"""Seconds in which the other processes of this machine may end by themselves after an error."""
 
 
 class Parser(LightningArgumentParser):
@@ -57,12 +66,24 @@ class Cli(LightningCLI):
         """Keep the configuration as given, instead of merging the checkpoint's hyperparameters over it."""
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:  # noqa: ANN401
-        """Build the Trainer, whose checkpoints are written atomically unless a plugin writes them otherwise."""
-        configured = self._get(self.config_init, "trainer", default={}).get("callbacks") or []
+        """Build the Trainer, whose checkpoints are written atomically unless a plugin writes them otherwise.
+
+        Raises:
+            ValueError: if it cannot be built, or not started in the way that this process was.
+        """
+        options = {**self._get(self.config_init, "trainer", default={})}
+        if options.get("accelerator") == "auto" and MPSAccelerator.is_available():
+            kwargs.setdefault("accelerator", "cpu")  # Apple's GPUs have no float64; see LitBase.setup
+        check_options(options)
+        configured = options.get("callbacks") or []
         if any(isinstance(callback, Requeue) for callback in configured):
             default = self.trainer_defaults["callbacks"]
             self.trainer_defaults["callbacks"] = [part for part in default if not isinstance(part, Requeue)]
-        trainer = super().instantiate_trainer(**kwargs)
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, ValueError, TypeError, ImportError, RuntimeError) as error:
+            raise ValueError(trainer_message(error, options)) from error
+        check_processes(trainer)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = callbacks.AtomicCheckpointIO()
         strategy: Any = trainer.strategy
@@ -75,81 +96,82 @@ class Cli(LightningCLI):
         strategy.setup_environment = join_in_time
         return trainer
 
+    def before_fit(self) -> None:
+        """Make sure that the run can write to its folder."""
+        check_writable(self.trainer)
+
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
-        """Let `last` mean the checkpoint of a stopped run, too."""
+        """Let `last` mean the checkpoint of a stopped run, too.
+
+        Raises:
+            ValueError: if there is no checkpoint of that name.
+        """
         arguments = super()._prepare_subcommand_kwargs(subcommand)
-        if subcommand == "fit" and arguments.get("ckpt_path") == "last":
+        path = arguments.get("ckpt_path")
+        if path == "last":
             arguments["ckpt_path"] = str(newest_checkpoint(self.trainer) or "last")
+            if subcommand != "fit" and not has_last(self.trainer):
+                folder = self.trainer.default_root_dir
+                raise ValueError(
+                    f"ckpt_path: last is asked for, but no run in {folder} has saved a checkpoint; give the path of "
+                    "one, or null for networks as they are configured"
+                )
+        elif path == "best":
+            raise ValueError("ckpt_path: which checkpoint is best only the process that trained knows; give its path")
+        elif path == "hpc":
+            if self.trainer._checkpoint_connector._hpc_resume_path is None:
+                folder = self.trainer.default_root_dir
+                raise ValueError(f"ckpt_path: hpc is asked for, but no run in {folder} was stopped; take last")
+        elif path is not None and "://" not in str(path):
+            check_checkpoint(Path(path))
         return arguments
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Run a command; after an error no process of it is left waiting for this one."""
         try:
-            super()._run_subcommand(subcommand)
+            with passed_on(self.trainer):
+                super()._run_subcommand(subcommand)
+        except ProcessExitedException as error:  # a forked process
+            if error.exit_code == EXIT_CODE:
+                sys.exit(EXIT_CODE)
+            raise ValueError(f"{error.msg}, without a word why") from error
+        except ProcessRaisedException as error:
+            said = own_words(str(error))
+            if said is None:
+                raise
+            raise ValueError(said) from error
         except Exception:
             end_children(self.trainer)
             raise
 
 
-def join_timeout(trainer: Trainer) -> float:
-    """Seconds to wait for the processes of other nodes: `LIT_MODELS_JOIN_TIMEOUT`, by default 600 on SLURM, else 60."""
-    default = "600" if "SLURM_JOB_ID" in os.environ else "60"
-    text = os.environ.get(JOIN_TIMEOUT, default)
-    try:
-        return float(text)
-    except ValueError:
-        raise ValueError(f"{JOIN_TIMEOUT} must be a number of seconds, got {text!r}") from None
+def has_last(trainer: Trainer) -> bool:
+    """Whether there is a checkpoint that `ckpt_path: last` means."""
+    if "://" in str(trainer.default_root_dir) or newest_checkpoint(trainer) is not None:
+        return True
+    return any(
+        callback._find_last_checkpoints(trainer)
+        for callback in trainer.checkpoint_callbacks
+        if isinstance(callback, ModelCheckpoint)
+    )
 
 
-@contextmanager
-def watched_join(trainer: Trainer) -> Iterator[None]:
-    """End the process with one sentence if others do not join it in time.
-
-    torch waits half an hour, and on some sides for good. Processes of a single node start together and are watched
-    by their launcher, so nothing is done for them.
-    """
-    if trainer.num_nodes == 1:
-        yield
-        return
-    seconds = join_timeout(trainer)
-    joined = threading.Event()
-
-    def watch() -> None:
-        if joined.wait(seconds):
-            return
-        place = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
-        sys.stderr.write(
-            f"error: process {trainer.global_rank} of {trainer.world_size} waited {seconds:g} s at {place} for the "
-            f"others; a node of the {trainer.num_nodes} (trainer.num_nodes) is missing, or can't reach that address; "
-            f"set {JOIN_TIMEOUT} to wait longer\n"
-        )
-        sys.stderr.flush()
-        end_children(trainer, patience=0.0)
-        os._exit(1)
-
-    threading.Thread(target=watch, name="join-watch", daemon=True).start()
-    try:
-        yield
-    finally:
-        joined.set()
-
-
-def end_children(trainer: Trainer, patience: float = CHILDREN_S) -> None:
-    """End the processes that this one has started; those stuck in a collective operation heed no lesser signal.
+def check_checkpoint(path: Path) -> None:
+    """Make sure that something is a checkpoint, before processes are started and networks are built.
 
     Args:
-        trainer: whose launcher started them.
-        patience: seconds in which they may end by themselves, and print their own error.
+        path: `ckpt_path`.
+
+    Raises:
+        ValueError: if it is none.
     """
-    launcher = trainer.strategy.launcher
-    if not isinstance(launcher, _SubprocessScriptLauncher):
-        return
-    deadline = time.monotonic() + patience
-    while time.monotonic() < deadline and any(process.poll() is None for process in launcher.procs):
-        time.sleep(0.1)
-    for process in launcher.procs:
-        if process.poll() is None:
-            process.kill()
+    if not path.exists():
+        raise ValueError(f"ckpt_path: there is no checkpoint at {path}; last stands for the newest one of this run")
+    if not (is_in_shards(path) if path.is_dir() else is_zipfile(path)):
+        raise ValueError(
+            f"ckpt_path: {path} is no checkpoint, or not all of one; take a file or folder named *.ckpt that a run "
+            "has written, or last"
+        )
 
 
 def find_configs(args: list[str]) -> list[str]:
@@ -197,6 +219,7 @@ def _asset(name: str) -> str:
 
 def prepare_process() -> None:
     """Settings of the process that every command needs: resolvers, quiet logs, offline-friendly defaults."""
+    prepare_step()
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     OmegaConf.register_resolver("asset", _asset, replace=True)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers warn when forked by data-loader workers

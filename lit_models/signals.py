@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -26,15 +26,26 @@ class _Note:
         self.owner: int | None = None
         self.name: str | None = None
         self.terminated_at: float | None = None
+        self.ends = False  # a second SIGTERM can't make it end any sooner
         self.previous: dict[int, Any] = {}
+        self.launcher: int | None = None  # the process of torchrun that started this one
+        self.hooked = False  # forked processes look whether they are to listen
+        self.relays = False  # to processes that are forked while this is so
 
 
 _note = _Note()
 
 
 def received() -> str | None:
-    """Name of the first signal that asked this process to stop since it began to listen; None without one."""
-    return _note.name if _note.owner == os.getpid() else None
+    """Name of the first signal that asked this process to stop since it began to listen; None without one.
+
+    That the torchrun which started it has died counts as one, since nobody would end the process any more.
+    """
+    if not listening():
+        return None
+    if _note.name is None and _note.launcher not in (None, os.getppid()):
+        _note.name = "the end of torchrun"
+    return _note.name
 
 
 def listening() -> bool:
@@ -51,7 +62,8 @@ def install() -> bool:
     """
     if listening() or threading.current_thread() is not threading.main_thread():
         return False
-    _note.name, _note.terminated_at, _note.owner = None, None, os.getpid()
+    _note.name, _note.terminated_at, _note.ends, _note.owner = None, None, False, os.getpid()
+    _note.launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
     _note.previous = {number: signal.signal(number, _take_note) for number in _numbers()}
     return True
 
@@ -66,15 +78,46 @@ def uninstall() -> None:
     _note.owner, _note.name, _note.previous = None, None, {}
 
 
+def let_end() -> None:
+    """Let this process end in peace, now that it ends: a scheduler that starts a job again ends the old one first."""
+    _note.ends = True
+
+
 @contextmanager
-def noted() -> Iterator[None]:
-    """Take note of signals while the block runs."""
+def noted(last: bool = False) -> Iterator[None]:
+    """Take note of signals while the block runs.
+
+    Args:
+        last: the process ends with the block, so signals are ignored afterwards: what was to be saved is saved, and a
+            signal would make a finished process, and its job, a failed one.
+    """
     begun = install()
     try:
         yield
     finally:
+        if begun and last:
+            _note.previous = dict.fromkeys(_numbers(), signal.SIG_IGN)
         if begun:
             uninstall()
+
+
+@contextmanager
+def relayed() -> Iterator[None]:
+    """Pass signals on to processes that are forked while the block runs, and listen from their first moment on."""
+    if not _note.hooked:
+        os.register_at_fork(after_in_child=_adopt)
+        _note.hooked = True
+    _note.relays = True
+    try:
+        yield
+    finally:
+        _note.relays = False
+
+
+def _adopt() -> None:
+    """Listen in a process that was just forked, and remember what was received before."""
+    if _note.relays:
+        _note.relays, _note.owner = False, os.getpid()
 
 
 def shield_worker(worker_id: int = 0) -> None:
@@ -109,9 +152,15 @@ def _take_note(number: int, frame: FrameType | None) -> None:
         if number == signal.SIGTERM:
             _die(number)
         return
+    if _note.relays:
+        from multiprocessing import active_children  # loaded long ago, since there are such processes
+
+        for process in active_children():
+            with suppress(ProcessLookupError):
+                os.kill(process.ident or os.getpid(), number)
     now = time.monotonic()
     if number == signal.SIGTERM:
-        if _note.terminated_at is not None and now - _note.terminated_at > REPEAT_S:
+        if _note.terminated_at is not None and now - _note.terminated_at > REPEAT_S and not _note.ends:
             _die(number)
         _note.terminated_at = _note.terminated_at or now
     if _note.name is None:

@@ -11,6 +11,7 @@ import torch
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.constants import default_pg_timeout
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -87,7 +88,7 @@ class FullyShardStrategy(ModelParallelStrategy):
             for left_behind in (draft, target.with_name(OLD)):
                 shutil.rmtree(left_behind, ignore_errors=True)
         self.barrier()
-        failure: Exception | None = None
+        failure: BaseException | None = None
         try:
             super().save_checkpoint(checkpoint, draft, storage_options)  # returns when all have written
             if self.is_global_zero:
@@ -95,7 +96,11 @@ class FullyShardStrategy(ModelParallelStrategy):
                 _take_place(draft, target)
         except Exception as error:  # whatever it is, the others must not wait for this process
             failure = error
+        except CheckpointException as error:  # which is no Exception, and holds those of all processes
+            failure = next(iter(error.failures.values()))[0]
         if self.reduce_boolean_decision(failure is not None, all=False):
+            if self.is_global_zero:
+                shutil.rmtree(draft, ignore_errors=True)
             raise OSError(
                 f"the checkpoint {target} could not be written ({failure or 'see the messages of other processes'}); "
                 "checkpoints written before are intact, free some space and resume with --ckpt_path last"

@@ -54,38 +54,49 @@ class At(Callback):
 
 
 class SignalAt(At):
-    """Sends a signal to its own process.
+    """Sends a signal to its own process, or the one that forked it.
 
     Args:
         place: see `At`.
         at: see `At`.
         rank: see `At`.
         name: of the signal.
+        parent: send it to the parent.
     """
 
-    def __init__(self, place: str, at: int = 1, rank: int | None = 0, name: str = "SIGUSR1") -> None:
+    def __init__(
+        self, place: str, at: int = 1, rank: int | None = 0, name: str = "SIGUSR1", parent: bool = False
+    ) -> None:
         super().__init__(place, at, rank)
-        self.name = name
+        self.name, self.parent = name, parent
 
     def act(self, trainer):
-        os.kill(os.getpid(), getattr(signal, self.name))
+        os.kill(os.getppid() if self.parent else os.getpid(), getattr(signal, self.name))
+
+
+class KillAt(At):
+    """Kills its own process, as a node does that loses power; see `At`."""
+
+    def act(self, trainer):
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 class WaitAt(At):
-    """Waits for a signal from outside, in the first start of a job only; the file says that it waits.
+    """Waits for a signal from outside, in one start of a job only; the file says that it waits.
 
     Args:
         place: see `At`.
         at: see `At`.
         file: written when it waits.
+        restarts: of the job, in the start that it waits in.
     """
 
-    def __init__(self, place: str, at: int, file: str) -> None:
+    def __init__(self, place: str, at: int, file: str, restarts: int = 0) -> None:
         super().__init__(place, at)
-        self.file = file
+        self.file, self.restarts = file, restarts
 
     def act(self, trainer):
-        if os.environ.get("SLURM_RESTART_COUNT"):
+        if int(os.environ.get("SLURM_RESTART_COUNT") or 0) != self.restarts:
             return
         Path(self.file).touch()
         deadline = time.monotonic() + WAIT_S

@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch.optim import SGD
 
+from callbacks import EMA
 from datamodules import (
     DynamicsData,
     FolkWave,
@@ -24,8 +25,8 @@ from datamodules import (
     SnippetPrompts,
     asset_path,
 )
-from lit_models.backbones import FromConfig
-from lit_models.diffusion import LitWaveform, SmallText, WaveformUNet
+from lit_models.backbones import FromConfig, FromPretrained, LoRA
+from lit_models.diffusion import LitWaveform, SmallText, Times, WaveformUNet
 from lit_models.influence import LitInfluence, SimulatorOptions
 from lit_models.influence.module import RolloutLoss
 from lit_models.pixel import FromPIXELConfig, FromPixelConfig, LitPIXEL, LitPixelLM, LitPixelTask
@@ -67,16 +68,33 @@ OPTIMIZER = partial(SGD, lr=0.1, momentum=0.9, weight_decay=0.01)
 TOLERANCE = 1e-5
 
 
+PRETRAINED = {}  # folder of a network to adapt
+
+
+@pytest.fixture(autouse=True, scope="module")
+def pretrained(tmp_path_factory):
+    path = str(tmp_path_factory.mktemp("pretrained"))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        llama().build().save_pretrained(path)
+    PRETRAINED["path"] = path
+
+
 def llama():
     return FromConfig("llama", LLAMA)
 
 
-def ppo(world, **options):
+def adapted():
+    """With adapters that learn fast, since one of their factors is 0 at first."""
+    return FromPretrained(PRETRAINED["path"], lora=LoRA(r=4, alpha=64, targets=["q_proj", "down_proj"]))
+
+
+def ppo(world, actor=None, **options):
     """Minibatches of half a rollout, in two parts each."""
     rewards = [FunctionReward("lit_models.ppo.rewards.target_length", arguments={"target": 4}), RewardModel(llama())]
     updates = Updates(epochs=2, minibatch_size=8 // world, micro_batch_size=4 // world)
     options = {"generator": Sampler(max_new_tokens=6), "updates": updates, "samples_per_prompt": 2} | options
-    return LitPPO(llama(), TOKENIZER, rewards, optimizer=OPTIMIZER, **options)
+    return LitPPO(actor or llama(), TOKENIZER, rewards, optimizer=OPTIMIZER, **options)
 
 
 def macro(world):
@@ -103,9 +121,9 @@ def simulator(world, **options):
     return LitInfluence(SimulatorOptions("feat_mlp", width=8), optimizer=OPTIMIZER, **options)
 
 
-def waveform(world):
+def waveform(world, **options):
     text = SmallText(asset_path("folk_words"), d_model=16, num_layers=1, num_heads=2, d_ff=32, max_tokens=24)
-    return LitWaveform(WaveformUNet(**UNET), text, train_text_encoder=True, optimizer=OPTIMIZER)
+    return LitWaveform(WaveformUNet(**UNET), text, train_text_encoder=True, optimizer=OPTIMIZER, **options)
 
 
 def texts(rows, limit_train=64, **sizes):
@@ -155,6 +173,7 @@ CYCLE = ["image", "text", "pair"]
 CASES = {
     "sft": (lambda world: LitSFT(llama(), TOKENIZER, optimizer=OPTIMIZER), texts, 5, 1),
     "sft accumulated": (lambda world: LitSFT(llama(), TOKENIZER, optimizer=OPTIMIZER), texts, 1, 2),
+    "sft lora": (lambda world: LitSFT(adapted(), TOKENIZER, optimizer=OPTIMIZER), texts, 5, 1),
     "reward": (
         lambda world: LitRewardModel(llama(), TOKENIZER, optimizer=OPTIMIZER),
         pairs,
@@ -171,6 +190,7 @@ CASES = {
     "reward, few": (lambda world: LitRewardModel(llama(), TOKENIZER, optimizer=OPTIMIZER), partial(few, pairs), 5, 1),
     "ppo": (ppo, prompts, 5, 1),
     "ppo with texts": (partial(ppo, ptx_coef=0.5), prompts_with_texts, 1, 1),
+    "ppo lora": (lambda world: ppo(world, actor=adapted(), critic=llama()), prompts, 1, 1),
     "ppo macro": (macro, prompts, 5, 1),
     "ppo curious": (curious, prompts, 1, 1),
     "pixel strips": (pixel_lm, partial(pixels, modes=["image"]), 5, 1),
@@ -191,6 +211,12 @@ CASES = {
     "influence runs": (partial(simulator, rollout=RolloutLoss(0.5, 4)), partial(recorded, mode="runs"), 5, 1),
     "influence pairs": (simulator, partial(recorded, mode="pairs"), 1, 2),
     "waveform": (waveform, lambda rows, **sizes: FolkWave(**TUNES, limit_val=rows, **sizes), 5, 1),
+    "waveform, few": (
+        partial(waveform, times=Times(sequence="stratified")),
+        lambda rows, **sizes: FolkWave(**TUNES, limit_train=5, limit_val=rows, **sizes),
+        5,
+        1,
+    ),
     "waveform accumulated": (waveform, lambda rows, **sizes: FolkWave(**TUNES, limit_val=rows, **sizes), 1, 2),
 }
 
@@ -260,6 +286,41 @@ def test_two_processes_equal_one(case, tmp_path):
         assert state.keys() == weights.keys()
         for name, value in weights.items():
             torch.testing.assert_close(state[name], value, atol=TOLERANCE, rtol=TOLERANCE, msg=name)
+
+
+@pytest.mark.parametrize("case", ["reward", "influence", "waveform, few"])
+def test_forked_processes_hand_everything_back(case, tmp_path):
+    """To a parent that has neither built networks, nor seen data or callbacks."""
+    make_model, make_data, rows, _ = CASES[case]
+    ends = []
+    for world in (1, 2):
+        module = make_model(world)
+        options = {"limit_train_batches": 2, "num_sanity_val_steps": 0, "logger": False, "enable_checkpointing": False}
+        trainer = Trainer(
+            accelerator="cpu",
+            devices=world,
+            strategy="auto" if world == 1 else "ddp_fork",
+            default_root_dir=tmp_path,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            max_epochs=1,
+            callbacks=[EMA(0.5)],
+            **options,
+        )
+        torch.manual_seed(0)
+        trainer.fit(module, datamodule=make_data(rows, batch_size=GLOBAL // world, val_batch_size=2))
+        rest = {}
+        module.on_save_checkpoint(rest)
+        again = make_data(rows, batch_size=GLOBAL // world, val_batch_size=2)
+        (metrics,) = trainer.validate(module, again, verbose=False)
+        ends.append((rest, module.state_dict(), metrics))
+    (rest, weights, metrics), (other_rest, other_weights, other_metrics) = ends
+    assert any(name.startswith("ema.") for name in weights)
+    assert other_rest.keys() == rest.keys()
+    assert other_rest["hyper_parameters"] == rest["hyper_parameters"]
+    assert other_rest["ema_updates"] == rest["ema_updates"] > 0
+    torch.testing.assert_close(other_weights, weights, atol=TOLERANCE, rtol=TOLERANCE)
+    assert other_metrics == pytest.approx(metrics, rel=TOLERANCE, abs=TOLERANCE, nan_ok=True)
 
 
 SHARDED = ["sft", "reward", "ppo", "pixel mixed accumulated", "mae", "pixel task", "influence", "waveform"]

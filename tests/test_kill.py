@@ -1,5 +1,6 @@
 """Runs of every method killed at arbitrary moments, and a disk that fills up, through the command line."""
 
+import csv
 import multiprocessing
 import os
 import random
@@ -14,6 +15,7 @@ import torch
 
 from callbacks.checkpoint_io import DRAFT
 from lit_models.__main__ import main
+from tests.stopping import added
 
 FORK = multiprocessing.get_context("fork")
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -22,6 +24,7 @@ trainer:
   callbacks:
     - class_path: lightning.pytorch.callbacks.ModelCheckpoint
       init_args: {dirpath: "${trainer.default_root_dir}/checkpoints", save_last: true, every_n_train_steps: 1}
+    - {class_path: callbacks.ExportPretrained, init_args: {dirpath: "${trainer.default_root_dir}/export"}}
 """
 EMA = "    - {class_path: callbacks.EMA, init_args: {decay: 0.9}}\n"
 KL = "    - {class_path: callbacks.KLController, init_args: {target: 0.1, horizon: 50}}\n"
@@ -95,29 +98,37 @@ def saved(path):
     return path.stat().st_mtime_ns if path.exists() else 0
 
 
-def kill_later(folder, args, last, delay):
+def kill_later(folder, args, last, saves, delay):
     """Let a run go on until it has saved something new, then kill it; whether it still ran.
 
     Args:
         folder: of the run.
         args: command.
         last: newest checkpoint.
-        delay: seconds until then, or shorter if it saves once more before; None to kill it while it writes the next
-            checkpoint.
+        saves: how often it saves before; 0 to kill it before it saves anything, "end" after its last step.
+        delay: seconds until then; None to kill it while it writes the next checkpoint.
     """
-    before = saved(last)
     process = start(folder, args)
-    while process.is_alive() and saved(last) == before:
-        time.sleep(0.002)
-    first, end = saved(last), time.monotonic() + (delay or 0.0)
-    if delay is None:
-        while process.is_alive() and not any(last.parent.glob(f"{DRAFT}*")):
-            pass
-    while saved(last) == first and time.monotonic() < end:
+    seen, count = saved(last), 0
+    end = f"*step={STEPS}.ckpt"
+    while process.is_alive() and not (any(last.parent.glob(end)) if saves == "end" else count >= saves):
         time.sleep(0.001)
+        if saved(last) != seen:
+            seen, count = saved(last), count + 1
+    due = time.monotonic() + (delay or 0.0)
+    while process.is_alive() and not (any(last.parent.glob(f"{DRAFT}*")) if delay is None else time.monotonic() > due):
+        time.sleep(0 if delay is None else 0.001)
     process.kill()
     process.join()
     return process.exitcode == -signal.SIGKILL
+
+
+def plan(draws):
+    """Moments of all kills: in the first seconds, in and between later steps, in checkpoints, and around the end."""
+    yield 0, draws.uniform(0.0, 1.0)
+    for kill in range(KILLS - 2):
+        yield draws.choice([1, 1, 1, 2, 3]), None if kill % 3 == 1 else draws.uniform(0.0, 0.06)
+    yield "end", draws.uniform(0.0, 0.2)
 
 
 def leaves(value, path=()):
@@ -156,17 +167,53 @@ def test_a_run_killed_again_and_again_ends_with_the_same_weights(method, tmp_pat
     monkeypatch.setenv("LIT_RUNS", str(tmp_path))
     main(command(method, whole))  # in this process, so that those below start with everything imported
     last = killed / "run/checkpoints/last.ckpt"
-    draws = random.Random(method)
     args = [*command(method, killed), "--ckpt_path=last"]
-    for kill in range(KILLS):
-        delay = None if kill % 3 == 2 else draws.uniform(0.0, 0.06)
-        assert kill_later(killed, args, last, delay), "the run was too fast to be killed"
+    seed = random.SystemRandom().randrange(2**32)
+    for saves, delay in plan(random.Random(seed)):
+        ran = kill_later(killed, args, last, saves, delay)
+        assert ran or saves == "end", f"the run was too fast to be killed ({seed=})"
         files = list(last.parent.glob("*.ckpt"))
-        assert last in files
+        assert last in files or saves == 0
         for path in files:
-            assert torch.load(path, weights_only=True)["global_step"] >= 1
+            assert torch.load(path, weights_only=True)["global_step"] >= 1, seed
     assert run(killed, args) == 0, (killed / "stderr.txt").read_text()[-3000:]
     same_state(whole / "run/checkpoints/last.ckpt", last, PARTS)
+    exported = [path.relative_to(whole) for path in whole.glob("run/export/**/*.safetensors")]
+    assert exported
+    assert all((killed / path).read_bytes() == (whole / path).read_bytes() for path in exported), seed
+
+
+@pytest.mark.parametrize("steps", [10, 12])
+def test_a_run_killed_between_a_checkpoint_and_its_validation(steps, tmp_path, monkeypatch):
+    """It starts with this validation, whether that is the last one of the run or not."""
+    monkeypatch.setenv("LIT_RUNS", str(tmp_path))
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in (whole, killed):
+        folder.mkdir()
+    length = f"--trainer.max_steps={steps}"
+    main(command("reward", whole, length))
+    args = command("reward", killed, length)
+    assert run(killed, [*args, *added(killed, "KillAt", place="validation")]) == -signal.SIGKILL
+    assert run(killed, [*args, "--ckpt_path=last"]) == 0, (killed / "stderr.txt").read_text()[-3000:]
+    # A resumed run saves once more at its end, and so after its last validation, too.
+    parts = [*PARTS, "loops"] if steps == 12 else ["state_dict", "optimizer_states", "lr_schedulers", "global_step"]
+    same_state(whole / "run/checkpoints/last.ckpt", killed / "run/checkpoints/last.ckpt", parts)
+    one, other = (validated(folder / "run/metrics.csv") for folder in (whole, killed))
+    assert one == other
+    assert one
+    files = [(folder / "run/export/model/config.json").read_text() for folder in (whole, killed)]
+    assert files[0] == files[1]  # which holds the statistics of the scores
+
+
+def validated(path):
+    """Values of validations, by step."""
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [
+        {key: value for key, value in row.items() if key == "step" or key.startswith("val/")}
+        for row in rows
+        if row.get("val/loss")
+    ]
 
 
 def test_a_full_disk_is_one_sentence_and_leaves_the_last_checkpoint(tmp_path):

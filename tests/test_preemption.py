@@ -1,5 +1,6 @@
 """Runs that are told to stop, at every place, however they were started; resumed, they end as if nothing had been."""
 
+import contextlib
 import csv
 import json
 import multiprocessing
@@ -14,9 +15,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from callbacks.requeue import EXIT_CODE, Job, Pace, Requeue, newest_checkpoint, saved_runs
+from callbacks.pace import Pace
+from callbacks.requeue import EXIT_CODE, Requeue
+from callbacks.stopped_runs import newest_checkpoint, saved_runs
 from lit_models import signals
 from lit_models.__main__ import main
+from lit_models.slurm import Job
 from tests.stopping import added
 from tests.test_kill import same_state
 
@@ -489,6 +493,20 @@ def test_the_launcher_of_lightning_lets_all_processes_save(tmp_path, free_port):
     assert_equal(whole, broken, "sft")
 
 
+@pytest.mark.slow
+def test_the_parent_of_forked_processes_passes_signals_on(tmp_path):
+    fork = ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp_fork", "--data.batch_size=4"]
+    options = [*SMALL, *fork, "--trainer.max_steps=4"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert run(whole, "sft", *options) == 0
+    broken.mkdir()
+    stop = added(broken, "SignalAt", place="batch", at=2, rank=1, name="SIGTERM", parent=True)
+    assert run(broken, "sft", *options, *stop) == EXIT_CODE
+    assert [path.name for path in saved_runs(broken / "sft-tiny")] == ["hpc_ckpt_1.ckpt"]
+    assert run(broken, "sft", *options, "--ckpt_path=last") == 0
+    assert_equal(whole, broken, "sft")
+
+
 # -- signals -----------------------------------------------------------------------------------------------------------
 
 
@@ -581,6 +599,54 @@ def test_forked_children_obey(tmp_path):
         child.terminate()  # a pool ends its workers so
         child.join(30)
         assert child.exitcode == -signal.SIGTERM
+
+
+def test_forked_processes_that_do_the_work_listen_at_once(tmp_path):
+    with signals.noted(), signals.relayed():
+        os.kill(os.getpid(), signal.SIGUSR1)  # before they are there
+        heard = FORK.SimpleQueue()
+        child = FORK.Process(target=lambda: heard.put((signals.listening(), signals.received())))
+        child.start()
+        assert heard.get() == (True, "SIGUSR1")
+        child.join()
+
+
+CHILD = """
+import sys, time
+from lit_models import signals
+with signals.noted():
+    print("ready", flush=True)
+    while signals.received() is None:
+        time.sleep(0.01)
+    open(sys.argv[1], "w").write(signals.received())
+"""
+PARENT = """
+import subprocess, sys
+child = subprocess.Popen([sys.executable, "-c", *sys.argv[1:]], stdout=subprocess.PIPE)
+child.stdout.readline()
+"""
+
+
+@pytest.mark.parametrize("started_by", ["torchrun", "a shell"])
+def test_the_end_of_torchrun_is_a_reason_to_stop(started_by, tmp_path, monkeypatch):
+    if started_by == "torchrun":
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    said = tmp_path / "said"
+    process = subprocess.Popen([sys.executable, "-c", PARENT, CHILD, str(said)], start_new_session=True)
+    try:
+        assert process.wait(60) == 0
+        if started_by == "torchrun":
+            deadline = time.monotonic() + 30
+            while not said.exists() or not said.read_text():
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            assert said.read_text() == "the end of torchrun"
+        else:
+            time.sleep(0.3)
+            assert not said.exists()
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 GROUP = """

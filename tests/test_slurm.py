@@ -109,11 +109,11 @@ class Cluster:
             assert time.monotonic() < deadline, f"no {what}\n{self.logs()}"
             time.sleep(0.2)
 
-    def submit(self, *args):
-        """The shipped script, on two nodes without GPUs; number of the job."""
-        size = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1", "--time=30"]
+    def submit(self, *args, size=("--nodes=2", "--ntasks-per-node=1")):
+        """The shipped script, for two processes without GPUs; number of the job."""
+        rest = ["--gpus-per-node=0", "--cpus-per-task=1", "--time=30"]
         script = ROOT / "configs/slurm/train.sbatch"
-        command = ["sbatch", "--parsable", f"--chdir={self.folder}", *size, str(script), *args]
+        command = ["sbatch", "--parsable", f"--chdir={self.folder}", *size, *rest, str(script), *args]
         return self.run(*command).strip()
 
     def facts(self, job):
@@ -143,15 +143,19 @@ def cluster(tmp_path_factory):
 
 @pytest.mark.slow
 def test_a_job_that_is_requeued_ends_as_a_run_that_is_not(cluster, tmp_path, free_port):
-    def submit(*extra):
-        return cluster.submit("fit", "--config", "sft/tiny.yaml", *PRESETS, *extra, *CPU, *QUIET)
+    def submit(*extra, **size):
+        return cluster.submit("fit", "--config", "sft/tiny.yaml", *PRESETS, *extra, *CPU, *QUIET, **size)
 
-    waits = cluster.folder / "waits"
-    broken = submit(*added(cluster.folder, "WaitAt", place="batch", at=8, file=str(waits)))
+    waits, late = cluster.folder / "waits", cluster.folder / "late"
+    in_the_middle = added(cluster.folder, "WaitAt", place="batch", at=8, file=str(waits))
+    before_the_export = added(tmp_path, "WaitAt", place="end", at=1, file=str(late), restarts=1)
+    broken = submit(*in_the_middle, *before_the_export)
     assert two_ranks(tmp_path, free_port, "sft", *PRESETS, *CPU, "--trainer.devices=2") == [0, 0]
 
     cluster.until(waits.exists, 300, f"batch 8\n{cluster.output(broken)}")
     cluster.run("scancel", "--signal=USR1", broken)
+    cluster.until(late.exists, 300, f"end of the run\n{cluster.output(broken)}")
+    cluster.run("scancel", "--signal=USR1", broken)  # too late, also for the other process, which may be at its end
     facts = cluster.ended(broken)
     assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1"), cluster.output(broken)
     words = f"stopped by SIGUSR1 after 8 steps: {cluster.folder}/job-{broken}/hpc_ckpt_1.ckpt is saved; job {broken} is"
@@ -167,6 +171,7 @@ def test_a_job_that_is_requeued_ends_as_a_run_that_is_not(cluster, tmp_path, fre
 
     # One rank fails while the other waits for it: the job ends, with the error. Not beside the other job:
     # without control groups, ending this one may signal processes of that one.
-    failing = submit(*added(cluster.folder, "RaiseAt", place="batch", at=3, rank=1))
+    # Of the script's --ntasks-per-node, which is larger, --ntasks makes an upper limit.
+    failing = submit(*added(cluster.folder, "RaiseAt", place="batch", at=3, rank=1), size=("--nodes=1", "--ntasks=2"))
     assert cluster.ended(failing, 120)["JobState"] == "FAILED"
     assert "the original error" in cluster.output(failing)

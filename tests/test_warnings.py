@@ -50,3 +50,18 @@ def test_others_are_silent_and_the_place_is_that_of_the_caller(monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warn("never")
+
+
+def test_texts_that_are_cut_are_told_once_per_run(monkeypatch):
+    from lit_models.diffusion import text
+
+    monkeypatch.setattr(text._CutTexts, "number", 0)
+    monkeypatch.setenv("RANK", "1")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        text._count_cut(2, 8, 16)
+    assert text.cut_texts() == 2
+    monkeypatch.setattr(text._CutTexts, "number", 0)
+    monkeypatch.setenv("RANK", "0")
+    with pytest.warns(UserWarning, match="max_tokens: 2 of 8 texts are longer than 16 tokens"):
+        text._count_cut(2, 8, 16)

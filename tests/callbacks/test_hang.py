@@ -146,6 +146,27 @@ def test_what_an_earlier_run_wrote_is_kept(tmp_path):
     assert "in signal_to_oneself" in text
 
 
+def test_the_last_of_several_watches(tmp_path, capfd):
+    watches = [HangWatch(0.1), HangWatch(60)]
+    threads = threading.active_count()
+    run = trainer(tmp_path, callbacks=watches, max_epochs=1)
+    run.fit(Stuck(lambda: sleep_while_others_wait(0.4)))
+    assert files(tmp_path) == {}
+    assert threading.active_count() == threads
+    assert "HangWatch" not in capfd.readouterr().err
+
+
+def test_a_signal_that_is_ignored_is_listened_to(tmp_path):
+    before = signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    try:
+        trainer(tmp_path, callbacks=[HangWatch(60)], max_epochs=1).fit(Stuck(signal_to_oneself))
+        signal_to_oneself()  # does no harm
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    (text,) = files(tmp_path).values()
+    assert "in signal_to_oneself" in text
+
+
 class Killed(Exception):
     """Stands for any error."""
 
