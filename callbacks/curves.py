@@ -152,8 +152,8 @@ class LearningCurves(Callback):
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._keep(trainer)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw the picture."""
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw the picture, also of a run that was killed after its last step and then resumed."""
         self._draw(trainer)
 
     def state_dict(self) -> dict[str, Any]:

@@ -12,7 +12,6 @@ KINDS = (ValueError, TypeError, ImportError, OSError, FloatingPointError)
 """What checks raise; other errors are shown with their traceback."""
 TORCHRUN_FILE = "TORCHELASTIC_ERROR_FILE"
 """Environment variable of torchrun: file for what it is to say in its summary of processes that failed."""
-
 LOST = "error: the connection to another process of this run was lost; its own error, if it had one, says why"
 LOST_S = 5.0
 """Seconds in which a launcher may notice the process that failed, rather than those that lost it."""
@@ -20,8 +19,6 @@ LOST_S = 5.0
 _START = "Traceback (most recent call last):"
 _FRAME = re.compile(r'^ *File "(.+)", line \d+', re.MULTILINE)
 _SAID = re.compile(r"^(?:[\w.]+\.)?(\w+): (.*)", re.MULTILINE | re.DOTALL)
-
-
 _LOST = re.compile(
     r"Connection (closed|reset) by peer|Broken pipe|remote process exited|ncclRemoteError|Read timeout on store"
 )

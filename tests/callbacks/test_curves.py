@@ -45,6 +45,13 @@ def test_a_resumed_run_draws_whole_curves(tmp_path):
     assert resumed.history["train/loss"][:6] == whole.history["train/loss"]
 
 
+def test_a_run_killed_after_its_last_step_is_drawn_when_it_resumes(tmp_path):
+    fit(tmp_path, LearningCurves()).save_checkpoint(tmp_path / "a.ckpt")
+    (tmp_path / "curves.png").unlink()
+    fit(tmp_path, LearningCurves(), tmp_path / "a.ckpt")
+    assert (tmp_path / "curves.png").read_bytes().startswith(PNG)
+
+
 @pytest.mark.parametrize(("every", "pictures"), [(None, 1), (4, 4), (5, 3)])
 def test_pictures_are_drawn_across_epochs(tmp_path, monkeypatch, every, pictures):
     drawn = []
