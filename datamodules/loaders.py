@@ -214,7 +214,10 @@ def init_worker(worker_id: int) -> None:
 
 
 class _Loader(DataLoader[Any]):
-    """DataLoader of streams too of which ranks may hold different numbers of batches."""
+    """DataLoader of streams too of which ranks may hold different numbers of batches.
+
+    Where the process uses a GPU, batches come in pinned memory, from which they are copied while the GPU works.
+    """
 
     _group: Any = None
 
@@ -225,6 +228,7 @@ class _Loader(DataLoader[Any]):
 
     def _batches(self, first: int = 0) -> Iterator[Any]:
         """Batches from a place in a pass on."""
+        self.pin_memory = self.pin_memory or torch.cuda.is_initialized()
         batches: Iterator[Any] = super().__iter__()
         if not getattr(self.dataset, "unequal", False):
             return batches

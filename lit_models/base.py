@@ -2,9 +2,7 @@
 
 import copy
 import dataclasses
-import functools
 import importlib
-import inspect
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -22,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lit_models.backbones import has_adapters
+from lit_models.hyperparameters import plain
 from lit_models.nn.averaging import EMASchedule, EMAWarmup, ema_
 from lit_models.nn.clipping import clip_gradients
 from lit_models.nn.groups import GroupOptions as GroupOptions
@@ -572,53 +571,3 @@ def all_reduce_sum(module: LightningModule, value: Tensor) -> Tensor:
     # Collectives need the tensor on the strategy's device, wherever it was accumulated.
     reduced: Tensor = trainer.strategy.reduce(value.to(trainer.strategy.root_device, copy=True), reduce_op="sum")
     return reduced.to(value.device)
-
-
-def plain(value: Any) -> Any:  # noqa: ANN401
-    """Turn an argument into the data that YAML would hold for it.
-
-    Args:
-        value: scalar, container, dataclass, class or `functools.partial` of one, or a Hugging Face model.
-
-    Returns:
-        Scalars and containers; objects become `{"class_path": ..., "init_args": ...}`.
-
-    Raises:
-        TypeError: if the value has no such form.
-    """
-    if value is None or isinstance(value, (str, int, float, bool)):
-        return value
-    if isinstance(value, Mapping):
-        return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple, set)):
-        return [plain(item) for item in value]
-    if isinstance(value, (torch.dtype, Path)):
-        return str(value).removeprefix("torch.")
-    if isinstance(value, functools.partial):
-        # jsonargparse hides the class among the arguments of its own function.
-        factory = next((item for item in value.args if isinstance(item, type)), value.func)
-        return {"class_path": _path(factory), "init_args": plain(_defaults(factory) | value.keywords)}
-    if isinstance(value, type):
-        return {"class_path": _path(value), "init_args": plain(_defaults(value))}
-    if hasattr(value, "plain"):
-        return value.plain()
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {item.name: plain(getattr(value, item.name)) for item in dataclasses.fields(value) if item.init}
-        is_option_group = type(value).__bases__ == (object,)
-        return fields if is_option_group else {"class_path": _path(type(value)), "init_args": fields}
-    if inspect.isfunction(value):
-        return _path(value)
-    raise TypeError(
-        f"{type(value).__name__} can't be saved in a checkpoint's hyperparameters; "
-        "pass a recipe from lit_models.backbones, a dataclass, or a class with functools.partial"
-    )
-
-
-def _defaults(factory: Any) -> dict[str, Any]:  # noqa: ANN401
-    """Scalar defaults of a factory; left unsaid, a CLI would fill them with those of the module's default class."""
-    parameters = inspect.signature(factory).parameters.values()
-    return {item.name: item.default for item in parameters if isinstance(item.default, (bool, int, float, str, tuple))}
-
-
-def _path(value: Any) -> str:  # noqa: ANN401
-    return f"{value.__module__}.{value.__qualname__}"

@@ -10,7 +10,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from lit_models.backbones import FromConfig, FromModule, FromPretrained, LoRA
-from lit_models.base import CheckpointMismatchError, GroupOptions, LitBase, plain
+from lit_models.base import CheckpointMismatchError, GroupOptions, LitBase
+from lit_models.hyperparameters import plain
 from lit_models.nn.schedules import WarmupCosine
 from lit_models.nn.sharding import Sharding
 from lit_models.reward import LitRewardModel, RewardLoss

@@ -415,6 +415,15 @@ def test_loader_leaves_the_global_generator_alone():
     assert torch.equal(torch.rand(1), expected)
 
 
+@pytest.mark.filterwarnings("ignore:.*pin_memory.*")  # there need not be a GPU
+@pytest.mark.parametrize("uses_gpu", [False, True])
+def test_memory_is_pinned_where_the_process_uses_a_gpu(monkeypatch, uses_gpu):
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: uses_gpu)
+    loaders = [train_loader(list(range(4)), 2, 1), evaluation_loader(list(range(4)), 2)]
+    assert [len(list(loader)) for loader in loaders] == [2, 2]
+    assert [loader.pin_memory for loader in loaders] == [uses_gpu] * 2
+
+
 def test_loader_without_a_position():
     loader = ResumableLoader(list(range(4)), 2)
     assert isinstance(loader, DataLoader)

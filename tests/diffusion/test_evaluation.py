@@ -10,11 +10,11 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from datamodules import FolkWave
-from lit_models.base import plain
 from lit_models.diffusion import metrics
 from lit_models.diffusion.evaluation import Evaluation, SampleMetrics, load_embeddings, save_embeddings
 from lit_models.diffusion.metrics.clap import ClapEmbedding
 from lit_models.diffusion.metrics.tagger import SoundTagger
+from lit_models.hyperparameters import plain
 from tests.diffusion.test_clap import save_clap
 from tests.diffusion.test_tagger import sounds
 

@@ -9,7 +9,6 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import datamodules
 from datamodules.assets import asset_path
-from lit_models.base import plain
 from lit_models.diffusion import text as text_module
 from lit_models.diffusion.text import (
     PretrainedText,
@@ -29,6 +28,7 @@ from lit_models.diffusion.text import (
     without_dropout,
     word_tokenizer,
 )
+from lit_models.hyperparameters import plain
 
 WORDS = ["a", "slow", "fast", "waltz", "reel", "on", "the", "harp", "flute", "in", "d", "minor"]
 TEXTS = ["a slow waltz on the harp in d minor", "reel", "", "a fast reel in d"]

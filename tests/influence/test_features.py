@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lit_models.backbones import FromConfig, FromModule, FromPretrained, LoRA
-from lit_models.base import plain
+from lit_models.hyperparameters import plain
 from lit_models.influence.features import (
     CausalLMFeatures,
     Featurizer,

@@ -13,7 +13,7 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
-from lit_models.base import plain
+from lit_models.hyperparameters import plain
 from lit_models.pixel import functional
 from lit_models.pixel.configuration import PixelLMConfig
 from lit_models.pixel.modeling import (
