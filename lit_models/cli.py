@@ -233,6 +233,8 @@ def prepare_process() -> None:
     warnings.filterwarnings(
         "ignore", message=".*in eval mode at the start of training"
     )  # frozen networks are meant to be
+    # That a checkpoint of PPO holds the weights after the step is what one expects.
+    warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
 
 
 def import_classes(package: Any) -> None:  # noqa: ANN401
