@@ -91,6 +91,7 @@ def check_processes(trainer: Trainer) -> None:
     """
     strategy = trainer.strategy
     if isinstance(strategy, FSDPStrategy):
+        # Lightning's checkpoints of it fail for modules that leave frozen networks out (pytorch-lightning#21124).
         raise ValueError(f"trainer.strategy: fsdp is not supported; {IN_SHARDS}")
     launcher = strategy.launcher
     if isinstance(launcher, _MultiProcessingLauncher) and launcher._start_method != "fork":

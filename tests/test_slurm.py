@@ -81,7 +81,6 @@ class Cluster:
             "PATH": path,
             "PYTHONPATH": str(ROOT),
             "LIT_RUNS": str(folder),
-            "MASTER_ADDR": "127.0.0.1",  # the names of the nodes do not resolve
             "GLOO_SOCKET_IFNAME": "lo",
         }
 

@@ -114,7 +114,7 @@ def script(folder, monkeypatch, *programs):
         (folder / name).write_text(f"#!/bin/bash\n{PROGRAMS[name]}\n")
         (folder / name).chmod(0o755)
     command = ["bash", str(SCRIPT), "fit", "--model.name=two words", "a=b *", ""]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
 
 
 def test_the_script_passes_everything_on_and_survives_signals(tmp_path, monkeypatch):
@@ -127,6 +127,19 @@ def test_the_script_without_the_environment(tmp_path, monkeypatch):
     done = script(tmp_path, monkeypatch, "scontrol", "srun")
     assert done.returncode == 1
     assert done.stderr.startswith("error: there is no lit-models in PATH; activate its environment")
+
+
+def test_the_script_finds_the_environment_of_its_folder(tmp_path, monkeypatch):
+    programs = tmp_path / ".venv/bin"
+    programs.mkdir(parents=True)
+    (programs / "lit-models").write_text(f"#!/bin/bash\n{PROGRAMS['lit-models']}\n")
+    (programs / "lit-models").chmod(0o755)
+    assert script(tmp_path, monkeypatch, "scontrol", "srun").returncode == 3
+
+
+def test_the_script_meets_at_the_address_of_a_node(tmp_path, monkeypatch):
+    monkeypatch.setitem(PROGRAMS, "scontrol", 'test $2 = node && echo "   NodeAddr=10.0.0.$3 X=1" || echo "7"')
+    assert "<10.0.0.7>" in script(tmp_path, monkeypatch, *PROGRAMS).stdout
 
 
 @pytest.mark.parametrize("nodes", [1, 2])
