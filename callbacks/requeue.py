@@ -43,8 +43,9 @@ class Requeue(Callback):
     The ending is none of a finished run: no validation, no export, no test follows. On SLURM rank 0 requeues the job,
     which finds the checkpoint by itself; elsewhere `--ckpt_path last` does, or in Python `fit(ckpt_path=...)`.
 
-    A validation that is interrupted is run again as a whole by the run that goes on. A run that ends normally removes
-    the checkpoint it went on from. A second SIGTERM, one second or more after the first, ends the process at once.
+    A validation that is interrupted, or due at a checkpoint that another callback wrote, is run as a whole by the run
+    that goes on. A run that ends normally removes the checkpoints of stops. A second SIGTERM, one second or more after
+    the first, ends the process at once.
 
     Args:
         margin: seconds before the job's end at which to stop. By default twice the longest recent batch, and twice the

@@ -238,6 +238,19 @@ def numbers(trainer):
     return {name: float(value) for name, value in trainer.callback_metrics.items() if timeless(name)}
 
 
+def processes(folder, world, sharded, **options):
+    """Trainer of one of some processes, which says nothing."""
+    return Trainer(
+        accelerator="cpu",
+        devices=world,
+        strategy=FullyShardStrategy() if sharded else "ddp" if world > 1 else "auto",
+        default_root_dir=folder,
+        logger=False,
+        enable_progress_bar=False,
+        **options,
+    )
+
+
 def fit(case, folder, world=1, sharded=False, rows=None):
     """Train and evaluate as one of some processes; returns metrics and weights."""
     make_model, make_data, usual_rows, accumulate = CASES[case]
@@ -245,14 +258,11 @@ def fit(case, folder, world=1, sharded=False, rows=None):
     make_model = partial(make_model, eval_temperature=0.0) if rows and case == "ppo" else make_model
     data = make_data(rows or usual_rows, batch_size=GLOBAL // world, val_batch_size=evaluated)
     record = Record()
-    trainer = Trainer(
-        accelerator="cpu",
-        devices=world,
-        strategy=FullyShardStrategy() if sharded else "ddp" if world > 1 else "auto",
-        default_root_dir=folder,
-        logger=False,
+    trainer = processes(
+        folder,
+        world,
+        sharded,
         enable_checkpointing=False,
-        enable_progress_bar=False,
         enable_model_summary=False,
         max_epochs=UPDATES if case.endswith(("few", "whole", "runs")) else 1,
         limit_train_batches=(1 if rows else UPDATES) * accumulate,
@@ -341,14 +351,7 @@ def predict(case, folder, world=1, sharded=False):
     data.setup("predict")
     whole = data.datasets["predict"]
     data.datasets["predict"] = few_of(whole)
-    trainer = Trainer(
-        accelerator="cpu",
-        devices=world,
-        strategy=FullyShardStrategy() if sharded else "ddp" if world > 1 else "auto",
-        default_root_dir=folder,
-        logger=False,
-        enable_progress_bar=False,
-    )
+    trainer = processes(folder, world, sharded)
     torch.manual_seed(0)
     batches = trainer.predict(make_model(world), datamodule=data)
     name = {"sft": "nll", "mae": "loss", "pixel task": "probability", "reward": "chosen"}[case]
