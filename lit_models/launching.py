@@ -24,6 +24,8 @@ from lit_models.slurm import check_launch
 
 JOIN_TIMEOUT = "LIT_MODELS_JOIN_TIMEOUT"
 """Environment variable: seconds that a process waits for those of other nodes to join it."""
+JOIN_S = 45.0
+"""The same by default: with what comes before, a run without one of its nodes ends within a minute."""
 CHILDREN_S = 5.0
 """Seconds in which the other processes of this machine may end by themselves after an error."""
 
@@ -117,10 +119,9 @@ def check_processes(trainer: Trainer) -> None:
 # -- waiting for other nodes -------------------------------------------------------------------------------------------
 
 
-def join_timeout(trainer: Trainer) -> float:
-    """Seconds to wait for the processes of other nodes: `LIT_MODELS_JOIN_TIMEOUT`, by default 600 on SLURM, else 60."""
-    default = "600" if "SLURM_JOB_ID" in os.environ else "60"
-    text = os.environ.get(JOIN_TIMEOUT, default)
+def join_timeout() -> float:
+    """Seconds to wait for the processes of other nodes: `LIT_MODELS_JOIN_TIMEOUT`, or `JOIN_S`."""
+    text = os.environ.get(JOIN_TIMEOUT, str(JOIN_S))
     try:
         return float(text)
     except ValueError:
@@ -138,7 +139,7 @@ def watched_join(trainer: Trainer) -> Iterator[None]:
         with _free_port():
             yield
         return
-    seconds = join_timeout(trainer)
+    seconds = join_timeout()
     joined = threading.Event()
 
     def watch() -> None:
